@@ -10,8 +10,8 @@ class InputError(ValueError):
     command prints it and exits with code 2; a library user catches it as a ``ValueError``.
 
     Example:
-        >>> raise InputError("data/imagesTr/a.nii.gz: no label of the same name in data/labelsTr")
+        >>> raise InputError("imagesTr/a.nii.gz: no label of that name in labelsTr")
         Traceback (most recent call last):
         ...
-        cohobate.core.errors.InputError: data/imagesTr/a.nii.gz: no label of the same name in data/labelsTr
+        cohobate.core.errors.InputError: imagesTr/a.nii.gz: no label of that name in labelsTr
     """

@@ -1,0 +1,460 @@
+"""Does distillation help on these data? Paired runs over seeds, and an honest table.
+
+Every arm trains with the same seeds: the same initial student, data order and augmentation. The
+difference is taken seed by seed, which removes most of the spread between seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t as student_t
+from tqdm import tqdm
+
+from cohobate.core import catalog
+from cohobate.core.errors import InputError
+from cohobate.core.io import save_atomic
+from cohobate.core.recipes import read_config, take_config_files
+from cohobate.core.runs import RunFolder
+
+RECIPE_ARM = "distilled"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that is compared.
+
+    Attributes:
+        name: Name in the run's results, ``test/dice``.
+        label: Name in the table.
+        direction: ``higher`` or ``lower`` is better.
+    """
+
+    name: str
+    label: str
+    direction: str
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its spread.
+
+    Attributes:
+        mean: Mean over seeds.
+        sd: Sample standard deviation; 0 for one seed.
+        low: Lower end of the 95 % confidence interval of the mean (Student's t).
+        high: Upper end.
+    """
+
+    mean: float
+    sd: float
+    low: float
+    high: float
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean, standard deviation and 95 % interval of the mean.
+
+    Args:
+        values: One per seed.
+
+    Example:
+        >>> interval([1.0, 2.0, 3.0])
+        Interval(mean=2.0, sd=1.0, low=-0.48413771175032957, high=4.48413771175033)
+    """
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return Interval(mean, 0.0, float("-inf"), float("inf"))
+    sd = statistics.stdev(values)
+    half = float(student_t.ppf(0.975, len(values) - 1)) * sd / len(values) ** 0.5
+    return Interval(mean, sd, mean - half, mean + half)
+
+
+@dataclass
+class Comparison:
+    """All runs of a comparison.
+
+    Attributes:
+        about: Paper, recipe, options, data, versions: what was run.
+        metrics: What is compared, the main metric first.
+        runs: Arm → seed → ``run.json`` of that run; the baseline is the first arm.
+    """
+
+    about: dict[str, Any]
+    metrics: list[Metric]
+    runs: dict[str, dict[int, dict[str, Any]]]
+
+    def values(self, arm: str, metric: Metric) -> list[float]:
+        """One value per seed, in order of the seeds."""
+        return [_result(run, metric.name) for run in self.runs[arm].values()]
+
+    def difference(self, arm: str, metric: Metric) -> Interval:
+        """Paired difference of an arm minus the baseline."""
+        baseline = next(iter(self.runs))
+        pairs = zip(self.values(arm, metric), self.values(baseline, metric), strict=True)
+        return interval([a - b for a, b in pairs])
+
+    def verdict(self, arm: str, metric: Metric) -> str:
+        """``better``, ``worse``, or ``no clear difference`` at the 95 % level."""
+        found = self.difference(arm, metric)
+        if found.low <= 0.0 <= found.high:
+            return "no clear difference"
+        up = found.mean > 0
+        return "better" if up == (metric.direction == "higher") else "worse"
+
+    def cost(self, arm: str) -> dict[str, float | None]:
+        """Step time and memory relative to the baseline, parameters added in training."""
+        own, base = list(self.runs[arm].values()), list(next(iter(self.runs.values())).values())
+        students = own[0]["parameters"]["student"]
+        return {
+            "step_time_ratio": _ratio(own, base, "step_seconds"),
+            "peak_memory_ratio": _ratio(own, base, "peak_memory_bytes"),
+            "added_parameters": own[0]["parameters"]["added"],
+            "added_parameters_share": own[0]["parameters"]["added"] / students,
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything: each run, the summaries, the verdicts."""
+        arms: dict[str, Any] = {}
+        for arm in self.runs:
+            arms[arm] = {
+                "metrics": {
+                    m.name: {
+                        "values": self.values(arm, m),
+                        "mean": interval(self.values(arm, m)).mean,
+                        "sd": interval(self.values(arm, m)).sd,
+                    }
+                    for m in self.metrics
+                },
+                "cost": self.cost(arm),
+            }
+            if arm != next(iter(self.runs)):
+                for m in self.metrics:
+                    found = self.difference(arm, m)
+                    arms[arm]["metrics"][m.name] |= {
+                        "difference": found.mean,
+                        "interval": [found.low, found.high],
+                        "verdict": self.verdict(arm, m),
+                    }
+        labels = [
+            {"name": m.name, "label": m.label, "direction": m.direction} for m in self.metrics
+        ]
+        return {**self.about, "metrics": labels, "arms": arms}
+
+    def markdown(self) -> str:
+        """The table people read."""
+        return markdown(self.as_json())
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table of a comparison.
+
+    Args:
+        result: As `Comparison.as_json` gives and ``compare.json`` holds.
+    """
+    baseline = next(iter(result["arms"]))
+    seeds = result["seeds"]
+    lines = [
+        f"`{result['recipe']}`, {len(seeds)} paired seeds ({seeds[0]}–{seeds[-1]}), "
+        f"{result['steps']} steps a run. Data: {result['data']}.",
+        "",
+        "| metric | arm | mean ± sd | paired difference (95 % interval) | |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for metric in result["metrics"]:
+        arrow = "↑" if metric["direction"] == "higher" else "↓"
+        for arm, content in result["arms"].items():
+            m = content["metrics"][metric["name"]]
+            row = f"| {metric['label']} {arrow} | {arm} | {m['mean']:.4g} ± {m['sd']:.2g} |"
+            if arm == baseline:
+                row += " | |"
+            else:
+                low, high = m["interval"]
+                row += f" {m['difference']:+.3g} ({low:+.3g} to {high:+.3g}) | {m['verdict']} |"
+            lines.append(row)
+    for arm, content in result["arms"].items():
+        if arm != baseline:
+            cost = content["cost"]
+            lines += [
+                "",
+                f"Cost of {arm} over {baseline}: step time × {_number(cost['step_time_ratio'])}, "
+                f"peak memory × {_number(cost['peak_memory_ratio'])}, "
+                f"{cost['added_parameters']:,} more parameters in training "
+                f"({100 * cost['added_parameters_share']:.3g} %), none afterwards.",
+            ]
+    return "\n".join(lines)
+
+
+def compare(
+    recipe: catalog.Recipe,
+    args: Sequence[str],
+    *,
+    seeds: Iterable[int],
+    arms: Sequence[str],
+    out: Path,
+    jobs: int = 1,
+    json_copy: Path | None = None,
+) -> Comparison:
+    """Train the recipe and its arms over seeds and compare them.
+
+    Each run is a process of its own, so that memory is measured cleanly. A comparison that was
+    stopped goes on: finished runs are kept, a half-finished one is resumed.
+
+    Args:
+        recipe: The recipe.
+        args: Options for every run, as for ``fit``.
+        seeds: The seeds; every arm uses all of them.
+        arms: Arms of the paper, the baseline first; the recipe itself is added last.
+        out: Folder; runs go to ``<out>/<arm>/seed-<n>``, the result to ``compare.{json,md,png}``.
+        jobs: Runs at the same time.
+        json_copy: Where the JSON is written a second time.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        InputError: An arm is unknown, a seed is missing, or a run ended with bad input.
+    """
+    seeds = list(seeds)
+    if not seeds:
+        raise InputError("compare needs at least one seed")
+    overlays: dict[str, Path | None] = {}
+    for arm in dict.fromkeys(["baseline", *arms]):
+        if arm not in recipe.paper.arms:
+            raise InputError(f"unknown arm '{arm}'{catalog.suggestion(arm, recipe.paper.arms)}")
+        overlays[arm] = recipe.paper.arms[arm]
+    overlays[RECIPE_ARM] = None
+    todo = [(arm, seed) for seed in seeds for arm in overlays]
+    folders = {(arm, seed): out / arm / f"seed-{seed}" for arm, seed in todo}
+    commands = {
+        key: _command(recipe, overlays[key[0]], [*args, f"--seed_everything={key[1]}"], folder)
+        for key, folder in folders.items()
+    }
+    _run_all(commands, folders, jobs)
+    infos = {
+        arm: {seed: _last_stage(folders[arm, seed]).info for seed in seeds} for arm in overlays
+    }
+    result = Comparison(_about(recipe, args, seeds, infos), _metrics(recipe, infos), infos)
+    _write(result, out, json_copy)
+    return result
+
+
+def _command(
+    recipe: catalog.Recipe, arm: Path | None, args: Sequence[str], folder: Path
+) -> list[str]:
+    rest, extra = take_config_files(args, {})
+    command = [sys.executable, "-m", "cohobate.core.compare", recipe.full_name]
+    command += [str(arm or ""), str(folder), json.dumps(extra)]
+    return [*command, *rest, "--trainer.enable_progress_bar=false"]
+
+
+def _child(argv: list[str]) -> int:
+    """One run, in a process of its own: recipe, arm, folder, config, options."""
+    from cohobate.core import cli, runs
+
+    name, arm, folder, extra, *rest = argv
+    if config := json.loads(extra):
+        path = Path(folder) / "options.yaml"
+        with save_atomic(path) as temporary:
+            temporary.write_text(json.dumps(config))  # JSON is YAML
+        rest += ["--config", str(path)]
+    overlay = Path(arm) if arm else None
+    found = catalog.find(name)
+    return cli.guard(
+        lambda: runs.fit(found, rest, arm=overlay, out=Path(folder)), "cohobate compare"
+    )
+
+
+def _run_all(
+    commands: dict[tuple[str, int], list[str]], folders: dict[tuple[str, int], Path], jobs: int
+) -> None:
+    """Run what is not finished, ``jobs`` at a time, with one progress bar over everything."""
+    waiting = list(commands)
+    running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
+    environment = dict(os.environ)
+    # Several runs at once must not each take all cores.
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(jobs, 1))))
+    with tqdm(total=len(commands), unit="run", desc="compare", smoothing=0) as bar:
+        try:
+            while waiting or running:
+                while waiting and len(running) < max(jobs, 1):
+                    key = waiting.pop(0)
+                    folders[key].mkdir(parents=True, exist_ok=True)
+                    with (folders[key] / "log.txt").open("ab") as output:
+                        running[key] = subprocess.Popen(
+                            commands[key], stdout=output, stderr=output, env=environment
+                        )
+                for key in [k for k, process in running.items() if process.poll() is not None]:
+                    code = running.pop(key).returncode
+                    if code != 0:
+                        raise _failure(key, folders[key], code)
+                bar.n = len(commands) - len(waiting) - len(running)
+                bar.n += sum(_fraction(folders[key]) for key in running)
+                bar.set_postfix_str(", ".join(f"{arm} {seed}" for arm, seed in running))
+                if running:
+                    _wait(running)
+        finally:
+            for process in running.values():
+                process.terminate()
+            for process in running.values():
+                process.wait()
+
+
+def _wait(running: dict[tuple[str, int], subprocess.Popen[bytes]]) -> None:
+    """Until a run ends, but at most a second, so that the bar moves."""
+    deadline = time.monotonic() + 1.0
+    for process in running.values():
+        try:
+            process.wait(max(deadline - time.monotonic(), 0.01))
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _failure(key: tuple[str, int], folder: Path, code: int) -> Exception:
+    text = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
+    last = text[-1].partition(": ")[2] if text else ""
+    if code == 2:
+        return InputError(last)
+    return RuntimeError(f"{key[0]}, seed {key[1]} ended with {code}; see {folder / 'log.txt'}")
+
+
+def _fraction(folder: Path) -> float:
+    """How much of a run is done, from the epochs in its metrics.csv."""
+    run = _last_stage(folder)
+    metrics = run.path / "metrics.csv"
+    if not metrics.exists() or not run.config.exists():
+        return 0.0
+    with metrics.open("rb") as file:
+        file.seek(max(metrics.stat().st_size - 4096, 0))
+        lines = file.read().decode(errors="replace").strip().splitlines()
+    trainer = read_config(run.config).get("trainer", {})
+    cells = lines[-1].split(",") if lines else []
+    epochs = trainer.get("max_epochs") or 0
+    if len(cells) < 2 or not cells[1].isdigit() or epochs < 1:
+        return 0.0
+    return min(int(cells[1]) / epochs, 0.99)
+
+
+def _last_stage(folder: Path) -> RunFolder:
+    stages = sorted(path.parent for path in folder.glob("*/config.yaml"))
+    return RunFolder(stages[-1] if stages else folder)
+
+
+def _result(run: dict[str, Any], name: str) -> float:
+    found = {**run.get("best", {}), **run.get("test", {})}
+    if found.get(name) is None:
+        raise InputError(f"the run reported no {name} (it has: {', '.join(found) or 'nothing'})")
+    return float(found[name])
+
+
+def _metrics(recipe: catalog.Recipe, runs: dict[str, dict[int, dict[str, Any]]]) -> list[Metric]:
+    """The paper's metrics; those in ``also`` only where every run reported them."""
+    about = recipe.paper.about
+    if "metric" not in about:
+        raise InputError(f"{recipe.paper.folder / 'paper.yaml'}: names no metric to compare")
+    every = [run for seeds in runs.values() for run in seeds.values()]
+    main = about["metric"]
+    also = about.get("also", [])
+    present = [m for m in also if all(m["name"] in run.get("test", {}) for run in every)]
+    return [Metric(m["name"], m["label"], m["direction"]) for m in [main, *present]]
+
+
+def _about(
+    recipe: catalog.Recipe,
+    args: Sequence[str],
+    seeds: list[int],
+    runs: dict[str, dict[int, dict[str, Any]]],
+) -> dict[str, Any]:
+    run = next(iter(runs[RECIPE_ARM].values()))
+    return {
+        "recipe": recipe.full_name,
+        "command": shlex.join(["cohobate", "compare", recipe.full_name, *_public(args)]),
+        "data": run["data"],
+        "seeds": seeds,
+        "steps": run["steps"],
+        "versions": run["versions"],
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def _public(args: Sequence[str]) -> list[str]:
+    """Options without the folders of this machine."""
+    shown = []
+    for word in args:
+        name, equals, value = word.partition("=")
+        text = value if equals else name
+        shown.append(f"{name}{equals}{Path(text).name}" if equals else Path(text).name)
+    return shown
+
+
+def _ratio(own: list[dict[str, Any]], base: list[dict[str, Any]], key: str) -> float | None:
+    """Median over seeds of the paired ratio."""
+    pairs = [(a.get(key), b.get(key)) for a, b in zip(own, base, strict=True)]
+    ratios = [a / b for a, b in pairs if a and b]
+    return statistics.median(ratios) if ratios else None
+
+
+def _number(value: float | None) -> str:
+    return "?" if value is None else f"{value:.3g}"
+
+
+def _write(result: Comparison, out: Path, json_copy: Path | None) -> None:
+    content = json.dumps(result.as_json(), indent=1) + "\n"
+    for path in [out / "compare.json", *([json_copy] if json_copy else [])]:
+        with save_atomic(path) as temporary:
+            temporary.write_text(content)
+    with save_atomic(out / "compare.md") as temporary:
+        temporary.write_text(result.markdown() + "\n")
+    with save_atomic(out / "compare.png") as temporary:
+        draw(result.as_json(), temporary)
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Draw each metric: one line a seed from arm to arm, the mean as a bar.
+
+    Args:
+        result: As `Comparison.as_json` gives.
+        path: The PNG.
+    """
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    arms = list(result["arms"])
+    with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(3.4 * len(result["metrics"]), 3.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        for place, metric in enumerate(result["metrics"]):
+            axes = figure.add_subplot(1, len(result["metrics"]), place + 1)
+            values = [result["arms"][arm]["metrics"][metric["name"]]["values"] for arm in arms]
+            for seed in zip(*values, strict=True):
+                axes.plot(
+                    range(len(arms)), seed, color="0.6", marker="o", markersize=3, linewidth=1
+                )
+            for x, found in enumerate(values):
+                mean = statistics.fmean(found)
+                axes.plot([x - 0.2, x + 0.2], [mean, mean], color="C0", linewidth=3)
+            axes.set_xticks(range(len(arms)), [arm.replace("_", "\n") for arm in arms])
+            axes.margins(x=0.25)
+            arrow = "higher is better" if metric["direction"] == "higher" else "lower is better"
+            axes.set_title(f"{metric['label']} ({arrow})", fontsize=9)
+        figure.suptitle(
+            f"{result['recipe']}: a grey line is one seed, the bar the mean", fontsize=9
+        )
+        figure.savefig(path, dpi=140, format="png")
+
+
+if __name__ == "__main__":
+    raise SystemExit(_child(sys.argv[1:]))

@@ -1,0 +1,72 @@
+"""``cohobate predict``: a trained run used on files, with the paper's own options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
+
+from cohobate.core import catalog
+from cohobate.core.errors import InputError
+from cohobate.core.recipes import model_class, one_line, read_config
+from cohobate.core.runs import load_run
+
+
+def main(recipe: catalog.Recipe, args: Sequence[str], prog: str, default_run: Path) -> int:
+    """Parse the options of ``predict`` and run the paper's ``predict_files``.
+
+    Args:
+        recipe: The recipe whose model class has the options.
+        args: The command line after the recipe.
+        prog: Name for the help text.
+        default_run: Run folder when ``--checkpoint`` is not given.
+
+    Returns:
+        Exit code: 0.
+
+    Raises:
+        InputError: An option, a file or the checkpoint is wrong.
+    """
+    kind = model_class(read_config(recipe.stages[-1].path))
+    parser = ArgumentParser(
+        prog=prog, exit_on_error=False, description="Use a trained run on files."
+    )
+    parser.add_argument("inputs", nargs="+", type=Path, help="files or folders")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=default_run, help="run folder or checkpoint"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("predictions"), help="folder for the results"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes the best"
+    )
+    options = parser.add_method_arguments(kind, "predict_files", skip={"inputs", "out"})
+    try:
+        parsed = parser.parse_args(list(args))
+    except ArgumentError as error:
+        raise InputError(one_line(error, parser)) from None
+    for path in parsed.inputs:
+        if not path.exists():
+            raise InputError(f"{path}: no such file or folder")
+    model = load_run(parsed.checkpoint).to(_device(parsed.device))
+    with torch.inference_mode():
+        written = model.predict_files(
+            parsed.inputs, parsed.out, **{name: parsed[name] for name in options}
+        )
+    for path in written:
+        print(path)
+    return 0
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        try:
+            return torch.device(name)
+        except RuntimeError as error:
+            raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -1,0 +1,1 @@
+"""Schedules, resumable data order, callbacks and stages around Lightning's loop."""
