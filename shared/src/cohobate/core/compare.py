@@ -29,6 +29,7 @@ from cohobate.core.recipes import read_config, take_config_files
 from cohobate.core.runs import RunFolder
 
 RECIPE_ARM = "distilled"
+_BAR = "{desc}: {percentage:3.0f}% |{bar}| {n:.1f}/{total} runs [{elapsed} < {remaining}{postfix}]"
 
 
 @dataclass(frozen=True)
@@ -285,7 +286,9 @@ def _run_all(
     environment = dict(os.environ)
     # Several runs at once must not each take all cores.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(jobs, 1))))
-    with tqdm(total=len(commands), unit="run", desc="compare", smoothing=0) as bar:
+    # On a terminal the bar moves each second, in a log there is a line every half minute.
+    pause = 0.5 if sys.stderr.isatty() else 30.0
+    with tqdm(total=len(commands), desc="compare", mininterval=pause, bar_format=_BAR) as bar:
         try:
             while waiting or running:
                 while waiting and len(running) < max(jobs, 1):
@@ -299,9 +302,9 @@ def _run_all(
                     code = running.pop(key).returncode
                     if code != 0:
                         raise _failure(key, folders[key], code)
-                bar.n = len(commands) - len(waiting) - len(running)
-                bar.n += sum(_fraction(folders[key]) for key in running)
-                bar.set_postfix_str(", ".join(f"{arm} {seed}" for arm, seed in running))
+                done = len(commands) - len(waiting) - len(running)
+                bar.set_postfix_str(", ".join(f"{arm} {seed}" for arm, seed in running), False)
+                bar.update(done + sum(_fraction(folders[key]) for key in running) - bar.n)
                 if running:
                     _wait(running)
         finally:
