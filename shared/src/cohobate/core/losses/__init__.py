@@ -5,7 +5,7 @@ float32 (float64 for float64) and return the student's type.
 """
 
 from cohobate.core.losses.contrast import info_nce
-from cohobate.core.losses.divergence import KINDS, Kind, divergence
+from cohobate.core.losses.divergences import KINDS, Kind, divergence
 from cohobate.core.losses.feature import (
     attention_map,
     attention_transfer,

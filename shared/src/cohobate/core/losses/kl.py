@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from typing import TypedDict, Unpack
 
-from cohobate.core.losses.divergence import divergence
+from cohobate.core.losses.divergences import divergence
 from cohobate.core.losses.reduce import Reduction
 from torch import Tensor
 

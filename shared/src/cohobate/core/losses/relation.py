@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from cohobate.core.errors import InputError
-from cohobate.core.losses.divergence import Kind, check_kind, gradients, terms
+from cohobate.core.losses.divergences import Kind, check_kind, gradients, terms
 from cohobate.core.losses.reduce import compute_dtype, expand_weight, reduce_items
 from torch import Tensor
 from torch.autograd.function import once_differentiable

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from cohobate.core.errors import InputError
-from cohobate.core.losses.divergence import divergence
+from cohobate.core.losses.divergences import divergence
 from cohobate.core.losses.reduce import compute_dtype, reduce_items
 from torch import Tensor
 
