@@ -16,10 +16,11 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from cohobate.core.errors import InputError
-from cohobate.core.losses.reduce import Reduction, compute_dtype, expand_weight, reduce_items
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from cohobate.core.errors import InputError
+from cohobate.core.losses.reduce import Reduction, compute_dtype, expand_weight, reduce_items
 
 Kind = Literal[
     "forward_kl",
@@ -78,7 +79,7 @@ def terms(kind: Kind, z_s: Tensor, z_t: Tensor, dim: int, beta: float) -> Tensor
 
 
 def _pull(kind: Kind, p: Tensor, q: Tensor, z_s: Tensor, z_t: Tensor, beta: float) -> Tensor:
-    """Q ∂f/∂q up to a multiple of q, which the projection onto the softmax removes.
+    """The product q ∂f/∂q up to a multiple of q, which the projection onto the softmax removes.
 
     For the same reason log q − log p may stand as z_s − z_t.
     """
