@@ -16,10 +16,11 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from cohobate.core.errors import InputError
-from cohobate.core.losses.reduce import Reduction, compute_dtype, expand_weight, reduce_items
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from cohobate.core.errors import InputError
+from cohobate.core.losses.reduce import Reduction, compute_dtype, expand_weight, reduce_items
 
 Kind = Literal[
     "forward_kl",
