@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cohobate.core import cli
-from cohobate.core.errors import InputError
+from cohobate.core.errors import InputError, guard
 from cohobate.core.testing import assert_one_line, run_command
 
 QUIET = "--trainer.enable_progress_bar=false"
@@ -112,18 +111,18 @@ def test_an_error_wrapped_by_a_library_is_still_one_line(capsys) -> None:
         except InputError as error:
             raise RuntimeError("applying transform X") from error
 
-    assert cli.guard(fail, "cohobate") == 2
+    assert guard(fail, "cohobate") == 2
     assert capsys.readouterr().err == "cohobate: a.nii.gz: unreadable\n"
 
 
 def test_a_defect_is_not_hidden() -> None:
     with pytest.raises(ZeroDivisionError):
-        cli.guard(lambda: 1 // 0, "cohobate")
+        guard(lambda: 1 // 0, "cohobate")
 
 
 def test_interrupted(capsys) -> None:
     def stop() -> None:
         raise KeyboardInterrupt
 
-    assert cli.guard(stop, "cohobate") == 130
+    assert guard(stop, "cohobate") == 130
     assert "goes on from here" in capsys.readouterr().err
