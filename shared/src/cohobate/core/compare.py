@@ -23,7 +23,7 @@ from scipy.stats import t as student_t
 from tqdm import tqdm
 
 from cohobate.core import catalog
-from cohobate.core.errors import InputError
+from cohobate.core.errors import InputError, guard
 from cohobate.core.io import save_atomic
 from cohobate.core.recipes import read_config, take_config_files
 from cohobate.core.runs import RunFolder
