@@ -279,7 +279,7 @@ def _run_all(
     commands: dict[tuple[str, int], list[str]], folders: dict[tuple[str, int], Path], jobs: int
 ) -> None:
     """Run what is not finished, ``jobs`` at a time, with one progress bar over everything."""
-    waiting = list(commands)
+    waiting = [key for key in commands if not _done(folders[key], commands[key])]
     running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
     environment = dict(os.environ)
     # Several runs at once must not each take all cores.
@@ -292,6 +292,7 @@ def _run_all(
                 while waiting and len(running) < max(jobs, 1):
                     key = waiting.pop(0)
                     folders[key].mkdir(parents=True, exist_ok=True)
+                    (folders[key] / "command.json").write_text(json.dumps(commands[key][3:]))
                     with (folders[key] / "log.txt").open("ab") as output:
                         running[key] = subprocess.Popen(
                             commands[key], stdout=output, stderr=output, env=environment
@@ -310,6 +311,13 @@ def _run_all(
                 process.terminate()
             for process in running.values():
                 process.wait()
+
+
+def _done(folder: Path, command: list[str]) -> bool:
+    """Whether just this run is finished; another command is left to ``fit`` to judge."""
+    started = folder / "command.json"
+    same = started.exists() and json.loads(started.read_text()) == command[3:]
+    return same and _last_stage(folder).finished
 
 
 def _wait(running: dict[tuple[str, int], subprocess.Popen[bytes]]) -> None:
