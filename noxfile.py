@@ -153,11 +153,15 @@ def build(session: nox.Session, package: str) -> None:
 @nox.session(default=False)
 @nox.parametrize("package", EVERY, ids=EVERY)
 def lowest(session: nox.Session, package: str) -> None:
-    """Run the default tests with the oldest dependencies that are declared."""
+    """Run the default tests with the oldest dependencies that are declared.
+
+    What those warn of is their own affair.
+    """
     install(session, package, extra=("--resolution=lowest-direct",))
     session.run(
-        "pytest", "-m", "not slow and not gpu", *tests_of(package), *session.posargs, env=CPU
-    )
+        "pytest", "-m", "not slow and not gpu", "-W", "default", *tests_of(package),
+        *session.posargs, env=CPU,
+    )  # fmt: skip
 
 
 @nox.session(default=False)
