@@ -23,7 +23,7 @@ from scipy.stats import t as student_t
 from tqdm import tqdm
 
 from cohobate.core import catalog
-from cohobate.core.errors import InputError
+from cohobate.core.errors import InputError, guard
 from cohobate.core.io import save_atomic
 from cohobate.core.recipes import read_config, take_config_files
 from cohobate.core.runs import RunFolder
@@ -262,7 +262,7 @@ def _command(
 
 def _child(argv: list[str]) -> int:
     """One run, in a process of its own: recipe, arm, folder, config, options."""
-    from cohobate.core import cli, runs
+    from cohobate.core import runs
 
     name, arm, folder, extra, *rest = argv
     if config := json.loads(extra):
@@ -272,9 +272,7 @@ def _child(argv: list[str]) -> int:
         rest += ["--config", str(path)]
     overlay = Path(arm) if arm else None
     found = catalog.find(name)
-    return cli.guard(
-        lambda: runs.fit(found, rest, arm=overlay, out=Path(folder)), "cohobate compare"
-    )
+    return guard(lambda: runs.fit(found, rest, arm=overlay, out=Path(folder)), "cohobate compare")
 
 
 def _run_all(
