@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from cohobate.core.errors import InputError
 from cohobate.core.losses import info_nce
 

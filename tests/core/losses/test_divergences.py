@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.special import log_softmax
+
 from cohobate.core.errors import InputError
 from cohobate.core.losses import KINDS, divergence, forward_kl, kl
-from scipy.special import log_softmax
 
 BETA = 0.3
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.multiprocessing as mp
+
 from cohobate.core.errors import InputError
 from cohobate.core.losses import forward_kl, global_items, reduce_items
 

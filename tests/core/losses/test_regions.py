@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from cohobate.core.errors import InputError
 from cohobate.core.losses import segment_mean
 from cohobate.core.losses.regions import _SegmentSum

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+
 from cohobate.core.errors import InputError
 from cohobate.core.losses import (
     cross_entropy,

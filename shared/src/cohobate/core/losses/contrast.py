@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from cohobate.core.errors import InputError
 from cohobate.core.losses.reduce import compute_dtype, expand_weight, reduce_items
-from torch import Tensor
 
 
 def info_nce(

@@ -16,10 +16,11 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from cohobate.core.errors import InputError
-from cohobate.core.losses.reduce import Reduction, compute_dtype, expand_weight, reduce_items
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from cohobate.core.errors import InputError
+from cohobate.core.losses.reduce import Reduction, compute_dtype, expand_weight, reduce_items
 
 Kind = Literal[
     "forward_kl",
@@ -57,14 +58,12 @@ def _mix(p: Tensor, q: Tensor, beta: float) -> Tensor:
     return (p * beta).add_(q, alpha=1 - beta).clamp_min_(torch.finfo(p.dtype).tiny)
 
 
-def terms(kind: Kind, z_s: Tensor, z_t: Tensor, dim: int, beta: float) -> Tensor:
-    """f(p, q) of every class; ``z_s`` and ``z_t`` are logits already divided by the temperature."""
-    b, a = z_s.log_softmax(dim), z_t.log_softmax(dim)
+def f_terms(kind: Kind, p: Tensor, q: Tensor, a: Tensor, b: Tensor, beta: float) -> Tensor:
+    """f(p, q) of every class, from the probabilities and their logarithms."""
     if kind == "forward_kl":
-        return z_t.softmax(dim) * (a - b)
+        return p * (a - b)
     if kind == "reverse_kl":
-        return z_s.softmax(dim) * (b - a)
-    p, q = z_t.softmax(dim), z_s.softmax(dim)
+        return q * (b - a)
     if kind == "jeffreys":
         return (p - q) * (a - b)
     if kind == "total_variation":
@@ -77,25 +76,38 @@ def terms(kind: Kind, z_s: Tensor, z_t: Tensor, dim: int, beta: float) -> Tensor
     return beta * p * (a - log_m) + (1 - beta) * q * (b - log_m)
 
 
-def _pull(kind: Kind, p: Tensor, q: Tensor, z_s: Tensor, z_t: Tensor, beta: float) -> Tensor:
-    """Q ∂f/∂q up to a multiple of q, which the projection onto the softmax removes.
+def pull(kind: Kind, p: Tensor, q: Tensor, a: Tensor, b: Tensor, beta: float) -> Tensor:
+    """The product q ∂f/∂q up to a multiple of q, which the projection onto the softmax removes.
 
-    For the same reason log q − log p may stand as z_s − z_t.
+    For the same reason the Kullback–Leibler kinds accept logits for the logarithms ``a`` and ``b``.
     """
     if kind == "forward_kl":
         return -p
     if kind == "reverse_kl":
-        return (z_s - z_t).mul_(q)
+        return (b - a).mul_(q)
     if kind == "jeffreys":
-        return (z_s - z_t).mul_(q).sub_(p)
+        return (b - a).mul_(q).sub_(p)
     if kind == "total_variation":
         return (q - p).sign_().mul_(q).mul_(0.5)
     if kind == "skewed_kl":
-        return p * q / _mix(p, q, beta) * (beta - 1)
+        return (p * q).div_(_mix(p, q, beta)).mul_(beta - 1)
     if kind == "skewed_reverse_kl":
         mix = _mix(q, p, beta)
-        return q * (z_s.log_softmax(1) - mix.log() - q / mix * beta)
-    return (1 - beta) * q * (z_s.log_softmax(1) - _mix(p, q, beta).log())
+        return (b - mix.log()).addcdiv_(q, mix, value=-beta).mul_(q)
+    return (b - _mix(p, q, beta).log_()).mul_(q).mul_(1 - beta)
+
+
+def terms(kind: Kind, z_s: Tensor, z_t: Tensor, dim: int, beta: float) -> Tensor:
+    """f(p, q) of every class; ``z_s`` and ``z_t`` are logits already divided by the temperature."""
+    b, a = z_s.log_softmax(dim), z_t.log_softmax(dim)
+    q = b if kind == "forward_kl" else z_s.softmax(dim)  # not used there
+    p = a if kind == "reverse_kl" else z_t.softmax(dim)
+    return f_terms(kind, p, q, a, b, beta)
+
+
+def project_(pulled: Tensor, q: Tensor) -> Tensor:
+    """Turn q ∂f/∂q into ∂D/∂z over axis 1, in place."""
+    return pulled.addcmul_(q, pulled.sum(1, keepdim=True), value=-1)
 
 
 # The same divergence with student and teacher exchanged, and the mixing weight that goes with it.
@@ -115,16 +127,17 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """∂D/∂z_s and ∂D/∂z_t over axis 1 of logits divided by T; ``None`` where not wanted."""
     q, p = z_s.softmax(1), z_t.softmax(1)
+    a, b = z_t, z_s
+    if kind not in ("forward_kl", "reverse_kl", "jeffreys", "total_variation"):
+        a, b = z_t.log_softmax(1), z_s.log_softmax(1)
     d_s = d_t = None
     if teacher:
         swapped = 1 - beta if kind == "jensen_shannon" else beta
-        d_t = _pull(_SWAPPED[kind], q, p, z_t, z_s, swapped)
-        d_t.addcmul_(p, d_t.sum(1, keepdim=True), value=-1)
+        d_t = project_(pull(_SWAPPED[kind], q, p, b, a, swapped), p)
     if student and kind == "forward_kl":
         d_s = q.sub_(p)
     elif student:
-        d_s = _pull(kind, p, q, z_s, z_t, beta)
-        d_s.addcmul_(q, d_s.sum(1, keepdim=True), value=-1)
+        d_s = project_(pull(kind, p, q, a, b, beta), q)
     return d_s, d_t
 
 

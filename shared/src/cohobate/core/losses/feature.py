@@ -10,9 +10,10 @@ shape, which is what the adapters of ``cohobate.core.taps`` are for.
 from __future__ import annotations
 
 import torch.nn.functional as F
+from torch import Tensor
+
 from cohobate.core.errors import InputError
 from cohobate.core.losses.reduce import compute_dtype, reduce_items
-from torch import Tensor
 
 
 def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

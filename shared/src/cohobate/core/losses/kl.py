@@ -23,9 +23,10 @@ from __future__ import annotations
 
 from typing import TypedDict, Unpack
 
+from torch import Tensor
+
 from cohobate.core.losses.divergences import divergence
 from cohobate.core.losses.reduce import Reduction
-from torch import Tensor
 
 
 class Options(TypedDict, total=False):

@@ -16,8 +16,9 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from cohobate.core.errors import InputError
 from torch import Tensor
+
+from cohobate.core.errors import InputError
 
 Reduction = Literal["mean", "none"]
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from cohobate.core.errors import InputError
-from cohobate.core.losses.reduce import compute_dtype
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from cohobate.core.errors import InputError
+from cohobate.core.losses.reduce import compute_dtype
 
 
 class _SegmentSum(torch.autograd.Function):

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
 from cohobate.core.errors import InputError
 from cohobate.core.losses.divergences import Kind, check_kind, gradients, terms
 from cohobate.core.losses.reduce import compute_dtype, expand_weight, reduce_items
-from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 _CPU_BLOCK, _GPU_BLOCK = 1 << 18, 1 << 25  # relation entries alive at a time
 _LEFT_OUT = -1e9  # logit of a key that does not take part

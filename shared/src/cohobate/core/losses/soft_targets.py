@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from cohobate.core.errors import InputError
 from cohobate.core.losses.divergences import divergence
 from cohobate.core.losses.reduce import compute_dtype, reduce_items
-from torch import Tensor
 
 
 def cross_entropy(
