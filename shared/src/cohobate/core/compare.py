@@ -23,7 +23,7 @@ from scipy.stats import t as student_t
 from tqdm import tqdm
 
 from cohobate.core import catalog
-from cohobate.core.errors import InputError
+from cohobate.core.errors import InputError, guard
 from cohobate.core.io import save_atomic
 from cohobate.core.recipes import read_config, take_config_files
 from cohobate.core.runs import RunFolder
@@ -262,7 +262,7 @@ def _command(
 
 def _child(argv: list[str]) -> int:
     """One run, in a process of its own: recipe, arm, folder, config, options."""
-    from cohobate.core import cli, runs
+    from cohobate.core import runs
 
     name, arm, folder, extra, *rest = argv
     if config := json.loads(extra):
@@ -272,16 +272,14 @@ def _child(argv: list[str]) -> int:
         rest += ["--config", str(path)]
     overlay = Path(arm) if arm else None
     found = catalog.find(name)
-    return cli.guard(
-        lambda: runs.fit(found, rest, arm=overlay, out=Path(folder)), "cohobate compare"
-    )
+    return guard(lambda: runs.fit(found, rest, arm=overlay, out=Path(folder)), "cohobate compare")
 
 
 def _run_all(
     commands: dict[tuple[str, int], list[str]], folders: dict[tuple[str, int], Path], jobs: int
 ) -> None:
     """Run what is not finished, ``jobs`` at a time, with one progress bar over everything."""
-    waiting = list(commands)
+    waiting = [key for key in commands if not _done(folders[key], commands[key])]
     running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
     environment = dict(os.environ)
     # Several runs at once must not each take all cores.
@@ -294,6 +292,7 @@ def _run_all(
                 while waiting and len(running) < max(jobs, 1):
                     key = waiting.pop(0)
                     folders[key].mkdir(parents=True, exist_ok=True)
+                    (folders[key] / "command.json").write_text(json.dumps(commands[key][3:]))
                     with (folders[key] / "log.txt").open("ab") as output:
                         running[key] = subprocess.Popen(
                             commands[key], stdout=output, stderr=output, env=environment
@@ -312,6 +311,13 @@ def _run_all(
                 process.terminate()
             for process in running.values():
                 process.wait()
+
+
+def _done(folder: Path, command: list[str]) -> bool:
+    """Whether just this run is finished; another command is left to ``fit`` to judge."""
+    started = folder / "command.json"
+    same = started.exists() and json.loads(started.read_text()) == command[3:]
+    return same and _last_stage(folder).finished
 
 
 def _wait(running: dict[tuple[str, int], subprocess.Popen[bytes]]) -> None:

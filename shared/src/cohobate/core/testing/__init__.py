@@ -163,11 +163,15 @@ def assert_export_round_trip(folder: Path, tmp_path: Path, *, onnx: bool = True)
     from cohobate.core.export import export
 
     model = runs.load_run(folder)
-    inputs = tuple(torch.randn_like(x) if x.is_floating_point() else x for x in model.example_input())
+    inputs = tuple(
+        torch.randn_like(x) if x.is_floating_point() else x for x in model.example_input()
+    )
     with torch.no_grad():
         expected = _tensors(model.student(*inputs))
         export(folder, "hub", tmp_path / "hub")
-        for want, got in zip(expected, _tensors(load_student(tmp_path / "hub")(*inputs)), strict=True):
+        for want, got in zip(
+            expected, _tensors(load_student(tmp_path / "hub")(*inputs)), strict=True
+        ):
             torch.testing.assert_close(got, want)
     if onnx:
         assert to_onnx(model.student, inputs, tmp_path / "student.onnx").exists()

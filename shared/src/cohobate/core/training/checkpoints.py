@@ -173,8 +173,8 @@ def _pending(trainer: pl.Trainer) -> dict[str, float]:
 
     Lightning logs a step after ``on_train_batch_end``, where a checkpoint inside an epoch is saved.
     """
-    progress = trainer.fit_loop.epoch_loop.batch_progress.current
-    logs = trainer.log_every_n_steps
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    logs: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     if progress.completed == progress.processed or not logs or trainer.global_step % logs:
         return {}
     logged = {k: float(v) for k, v in trainer.logged_metrics.items() if k.startswith("train/")}
