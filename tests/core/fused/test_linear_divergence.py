@@ -231,18 +231,21 @@ def test_parts_with_the_global_count_add_up(case):
     torch.testing.assert_close(as_tensor.detach(), whole[0])
 
 
-def test_a_second_backward_pass_is_refused_or_right(case):
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_a_second_backward_pass_is_right(case, reduction, factor):
     problem = case()
-    loss = linear_divergence(*problem.operands(), kind="reverse_kl") * 3
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="inplace"):
+    loss = linear_divergence(*problem.operands(), kind="reverse_kl", reduction=reduction).sum()
+    loss = loss * factor
+    gradients = []
+    for keep in (True, True, False):
+        problem.x.grad = problem.w.grad = None
+        loss.backward(retain_graph=keep)
+        gradients.append((problem.x.grad, problem.w.grad))
+    torch.testing.assert_close(gradients[1], gradients[0])
+    torch.testing.assert_close(gradients[2], gradients[0])
+    with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
-    problem.x.grad = None
-    items = linear_divergence(*problem.operands(), kind="reverse_kl", reduction="none").sum()
-    items.backward(retain_graph=True)
-    once = problem.x.grad.clone()
-    items.backward()
-    torch.testing.assert_close(problem.x.grad, 2 * once)
 
 
 def test_vocabularies_that_differ_by_padding(case):
