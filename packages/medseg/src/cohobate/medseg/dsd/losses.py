@@ -148,7 +148,7 @@ def distillation(
 ) -> Tensor:
     """KL divergence from one teacher output to each student output of the same network.
 
-    ``KLpix(s ← t) = T² · mean over samples and voxels of Σ_c p_c(t) [log p_c(t) - log p_c(s)]`` with
+    ``KLpix(s ← t) = T² · mean over samples and voxels of Σ_c p_c(t) [log p_c(t) - log p_c(s)]``,
     ``p(z) = softmax(z / T)``. The gradient reaches the teacher too, as in the official code, unless
     it is detached.
 
