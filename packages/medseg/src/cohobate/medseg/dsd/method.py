@@ -47,7 +47,7 @@ class DSD(DistillModule):
         in_channels: Channels of the image; from the data.
         class_names: Names of the classes; from the data.
         roi_size: Size of a patch and of the sliding window; from the data.
-        preprocess: Preprocessing, kept for prediction; from the data.
+        preprocess: Preprocessing, kept for prediction; from the data. ``None`` is the default one.
         backbone: A MONAI network by name, or any module ``(B, C, *S) → (B, K, *S)`` by class_path.
         backbone_args: Arguments of a network given by name, see `cohobate.medseg.nets.build`.
         encoder: Module paths of E₁ … E_Z, for a class without preset.
@@ -87,7 +87,7 @@ class DSD(DistillModule):
         in_channels: int,
         class_names: list[str],
         roi_size: tuple[int, ...],
-        preprocess: Preprocess,
+        preprocess: Preprocess | None,
         backbone: nets.Backbone | nn.Module = "dynunet",
         backbone_args: dict[str, Any] | None = None,
         encoder: list[str] | None = None,
@@ -134,7 +134,13 @@ class DSD(DistillModule):
                 students = sum(name.startswith(side[:3]) for name in stages) - 1
                 self.student_weights[side] = nn.Parameter(torch.ones(students))
         self.segmenter = Segmenter(
-            self.student, preprocess, in_channels, class_names, roi_size, overlap, windows
+            self.student,
+            preprocess or Preprocess(),
+            in_channels,
+            class_names,
+            roi_size,
+            overlap,
+            windows,
         )
         self.voxel_distances = voxel_distances
         self._scores = Scores(class_names)
