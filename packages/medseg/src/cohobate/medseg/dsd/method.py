@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -20,6 +21,8 @@ from cohobate.medseg.dsd.network import Outputs, SelfDistilled, Share, Upsample
 from cohobate.medseg.metrics import Scores
 from cohobate.medseg.plots import overlay
 from cohobate.medseg.predict import Segmenter
+
+log = logging.getLogger("cohobate")
 
 Side = Literal["both", "decoder", "encoder", "none"]
 
@@ -216,9 +219,9 @@ class DSD(DistillModule):
 
     @rank_zero_only
     def on_fit_start(self) -> None:
-        """Print the stages that were found."""
+        """Show the stages that were found."""
         if self.model.stages:
-            print(self.model.table())
+            log.info(self.model.table())
 
     # --- evaluation, the heads off ------------------------------------------------------------
 
