@@ -78,7 +78,7 @@ class Scores:
         return out
 
     def _keep(self, metric: str, values: Tensor) -> None:
-        self._found.setdefault(metric, []).append(values.double().cpu())
+        self._found.setdefault(metric, []).append(values.cpu().double())
 
 
 def _one_hot(ids: Tensor, classes: int) -> Tensor:
