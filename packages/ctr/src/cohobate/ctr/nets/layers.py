@@ -23,7 +23,32 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-class Dice(nn.Module):
+class _Running(nn.Module):
+    """Batch statistics in training, running ones in evaluation.
+
+    The running values are the plain average of the batches seen until ``1 / (1 - decay)`` of them,
+    exponential from then on: a short training is not left with the initial zeros and ones.
+    """
+
+    def __init__(self, features: int, decay: float, second: str) -> None:
+        super().__init__()
+        self.decay, self.second = decay, second
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer(second, torch.ones(features))
+        self.register_buffer("batches", torch.zeros(()))
+        self.mean: Tensor
+        self.batches: Tensor
+
+    @torch.no_grad()
+    def follow(self, mean: Tensor, second: Tensor) -> None:
+        """Take up the statistics of a batch."""
+        self.batches += 1
+        share = torch.clamp(1 / self.batches, min=1 - self.decay)
+        self.mean.lerp_(mean, share)
+        getattr(self, self.second).lerp_(second, share)
+
+
+class Dice(_Running):
     """Data-adaptive activation ``alpha (1 - p) h + p h`` with ``p = sigmoid((h - mean) / std)``.
 
     Args:
@@ -37,12 +62,9 @@ class Dice(nn.Module):
     """
 
     def __init__(self, features: int, eps: float = 1e-9, decay: float = 0.999) -> None:
-        super().__init__()
-        self.eps, self.decay = eps, decay
+        super().__init__(features, decay, "std")
+        self.eps = eps
         self.alpha = nn.Parameter(torch.zeros(features))
-        self.register_buffer("mean", torch.zeros(features))
-        self.register_buffer("std", torch.ones(features))
-        self.mean: Tensor
         self.std: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,16 +74,46 @@ class Dice(nn.Module):
         if self.training:
             mean = h.mean(0)
             std = ((h - mean).square() + self.eps).mean(0).sqrt()
-            with torch.no_grad():
-                self.mean.lerp_(mean.detach(), 1 - self.decay)
-                self.std.lerp_(std.detach(), 1 - self.decay)
+            self.follow(mean, std)
         p = torch.sigmoid((h - mean) / (std + self.eps))
         return (h * (self.alpha + (1 - self.alpha) * p)).to(x.dtype)
 
 
-def batch_norm(features: int) -> nn.BatchNorm1d:
-    """Batch normalisation with the constants of the released SUAN code (momentum 0.99 there)."""
-    return nn.BatchNorm1d(features, eps=1e-3, momentum=0.01)
+class BatchNorm(_Running):
+    """Batch normalisation over the first dimension, biased variance, in float32.
+
+    Args:
+        features: size of the last dimension.
+        eps: added to the variance.
+        decay: share of the old running statistic kept at each training step.
+    """
+
+    def __init__(self, features: int, eps: float = 1e-3, decay: float = 0.99) -> None:
+        super().__init__(features, decay, "var")
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(features))
+        self.bias = nn.Parameter(torch.zeros(features))
+        self.var: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x`` (B, features).
+
+        Raises:
+            ValueError: a single row in training has no variance.
+        """
+        h = x.float()
+        if not self.training:
+            return nn.functional.batch_norm(
+                h, self.mean, self.var, self.weight, self.bias, eps=self.eps
+            )
+        if len(h) < 2:
+            raise ValueError("batch normalisation in training needs two rows")
+        with torch.no_grad():
+            var, mean = torch.var_mean(h, 0, correction=0)
+            self.follow(mean, var)
+        return nn.functional.batch_norm(
+            h, None, None, self.weight, self.bias, training=True, eps=self.eps
+        )
 
 
 class Head(nn.Module):
@@ -76,17 +128,17 @@ class Head(nn.Module):
         super().__init__()
         widths = [features, *hidden]
         self.hidden = nn.ModuleList(
-            nn.Sequential(nn.Linear(a, b), batch_norm(b), Dice(b)) for a, b in pairwise(widths)
+            nn.Sequential(nn.Linear(a, b), BatchNorm(b), Dice(b)) for a, b in pairwise(widths)
         )
         self.out = nn.Linear(widths[-1], 1)
-        self.norm = batch_norm(1)
+        self.norm = BatchNorm(1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logit (...,), float32, of ``x`` (..., features)."""
         shape, x = x.shape[:-1], x.flatten(0, -2)
         for layer in self.hidden:
             x = layer(x)
-        return self.norm(self.out(x).float()).reshape(shape)
+        return self.norm(self.out(x)).reshape(shape)
 
 
 class DenseFeatures(nn.Module):
@@ -100,7 +152,7 @@ class DenseFeatures(nn.Module):
 
     def __init__(self, features: int, zero_is_missing: bool = False) -> None:
         super().__init__()
-        self.norm = batch_norm(features) if features else None
+        self.norm = BatchNorm(features) if features else None
         self.missing = nn.Parameter(torch.zeros(features)) if zero_is_missing else None
         self.scale = nn.Parameter(torch.ones(features)) if zero_is_missing else None
 

@@ -37,7 +37,6 @@ class MeanMLP(ClickNetwork):
     def __init__(
         self,
         layout: Layout,
-        *,
         common: Common = COMMON,
     ) -> None:
         super().__init__(layout, common.width(layout), common)
@@ -54,8 +53,8 @@ class DIN(ClickNetwork):
 
     Args:
         layout: sizes of the data.
-        attention: hidden widths of the activation unit.
         common: embedding width, head and the like.
+        attention: hidden widths of the activation unit.
 
     References:
         Zhou et al., Deep Interest Network for Click-Through Rate Prediction, KDD 2018,
@@ -65,9 +64,9 @@ class DIN(ClickNetwork):
     def __init__(
         self,
         layout: Layout,
+        common: Common = COMMON,
         *,
         attention: Sequence[int] = (80, 40),
-        common: Common = COMMON,
     ) -> None:
         width = common.width(layout)
         super().__init__(layout, width, common)
@@ -75,9 +74,9 @@ class DIN(ClickNetwork):
         self.query = nn.Linear(width, attention[0])
         self.key = nn.Linear(width, attention[0], bias=False)
         self.product = nn.Linear(width, attention[0], bias=False)
-        self.first = Dice(attention[0])
+        self.first = Dice(attention[0], decay=0.99)
         self.rest = nn.Sequential(
-            *(nn.Sequential(nn.Linear(a, b), Dice(b)) for a, b in pairwise(attention)),
+            *(nn.Sequential(nn.Linear(a, b), Dice(b, decay=0.99)) for a, b in pairwise(attention)),
             nn.Linear(attention[-1], 1),
         )
 
@@ -102,16 +101,16 @@ class TargetAttention(ClickNetwork):
 
     Args:
         layout: sizes of the data.
-        heads: attention heads.
         common: embedding width, head and the like.
+        heads: attention heads.
     """
 
     def __init__(
         self,
         layout: Layout,
+        common: Common = COMMON,
         *,
         heads: int = 2,
-        common: Common = COMMON,
     ) -> None:
         width = common.width(layout)
         super().__init__(layout, width, common)
@@ -135,10 +134,10 @@ class BST(ClickNetwork):
 
     Args:
         layout: sizes of the data.
+        common: embedding width, head and the like.
         heads: attention heads.
         blocks: encoder layers.
         dropout: dropout of the encoder layers.
-        common: embedding width, head and the like.
 
     References:
         Chen et al., Behavior Sequence Transformer for E-commerce Recommendation in Alibaba, 2019,
@@ -148,11 +147,11 @@ class BST(ClickNetwork):
     def __init__(
         self,
         layout: Layout,
+        common: Common = COMMON,
         *,
         heads: int = 2,
         blocks: int = 1,
         dropout: float = 0.0,
-        common: Common = COMMON,
     ) -> None:
         width, length = common.width(layout), min(common.length or layout.length, layout.length)
         super().__init__(layout, (length + 1) * width, common)
@@ -180,9 +179,9 @@ class HSTU(ClickNetwork):
 
     Args:
         layout: sizes of the data.
+        common: embedding width, head and the like.
         blocks: number of blocks.
         heads: attention heads.
-        common: embedding width, head and the like.
 
     References:
         Zhai et al., Actions Speak Louder than Words, ICML 2024, arXiv:2402.17152, equations 1-3.
@@ -191,10 +190,10 @@ class HSTU(ClickNetwork):
     def __init__(
         self,
         layout: Layout,
+        common: Common = COMMON,
         *,
         blocks: int = 2,
         heads: int = 2,
-        common: Common = COMMON,
     ) -> None:
         width = common.width(layout)
         super().__init__(layout, width, common)

@@ -98,6 +98,7 @@ class SUAN(ClickNetwork):
 
     Args:
         layout: sizes of the data.
+        common: embedding width, head and the like.
         grade: one of :data:`GRADES`; sets blocks, heads and, in ``common``, length and width.
         blocks: number of UABs, instead of the grade's.
         heads: attention heads, instead of the grade's.
@@ -112,7 +113,6 @@ class SUAN(ClickNetwork):
         candidate: ``project`` all its fields to a token, or ``match`` those that behaviours have.
         dropout: dropout inside the blocks.
         compat: ``official`` repeats the released code's slips.
-        common: embedding width, head and the like.
 
     Raises:
         InputError: an unknown grade, or heads that do not divide the token width.
@@ -125,6 +125,7 @@ class SUAN(ClickNetwork):
     def __init__(
         self,
         layout: Layout,
+        common: Common = COMMON,
         *,
         grade: str = "g1",
         blocks: int | None = None,
@@ -137,7 +138,6 @@ class SUAN(ClickNetwork):
         candidate: Literal["project", "match"] = "project",
         dropout: float = 0.0,
         compat: Compat = "fixed",
-        common: Common = COMMON,
     ) -> None:
         if grade not in GRADES:
             raise InputError(f"grade {grade!r}: one of {', '.join(GRADES)}")
@@ -316,6 +316,7 @@ class LightSUAN(SUAN):
 
     Args:
         layout: sizes of the data.
+        common: embedding width, head and the like.
         grade: one of :data:`GRADES`.
         blocks: number of UABs, instead of the grade's.
         heads: attention heads, instead of the grade's.
@@ -325,7 +326,6 @@ class LightSUAN(SUAN):
         dense_target: the candidate sees every behaviour whatever the pattern.
         candidate: see :class:`SUAN`.
         dropout: dropout inside the blocks.
-        common: embedding width, head and the like.
 
     Differences:
         The gate pools behaviours apart from the candidate; how the paper makes parallel scoring
@@ -335,6 +335,7 @@ class LightSUAN(SUAN):
     def __init__(
         self,
         layout: Layout,
+        common: Common = COMMON,
         *,
         grade: str = "g1",
         blocks: int | None = None,
@@ -345,10 +346,10 @@ class LightSUAN(SUAN):
         dense_target: bool = False,
         candidate: Literal["project", "match"] = "project",
         dropout: float = 0.0,
-        common: Common = COMMON,
     ) -> None:
         super().__init__(
             layout,
+            common,
             grade=grade,
             blocks=blocks,
             heads=heads,
@@ -359,5 +360,4 @@ class LightSUAN(SUAN):
             pooling="split",
             candidate=candidate,
             dropout=dropout,
-            common=common,
         )
