@@ -37,8 +37,14 @@ def _is_string(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def check_columns(schema: Schema, arrow: pa.Schema, path: Path) -> None:
+def check_columns(schema: Schema, arrow: pa.Schema, path: Path, *, labelled: bool = True) -> None:
     """Check that a file has every column and that types fit the roles.
+
+    Args:
+        schema: roles of the columns.
+        arrow: columns of the file.
+        path: for messages.
+        labelled: the label is needed too.
 
     Raises:
         InputError: the first fault, by file and column.
@@ -59,8 +65,9 @@ def check_columns(schema: Schema, arrow: pa.Schema, path: Path) -> None:
         strings = schema.fields[vocabulary].encoding != "identity" and _is_string(found)
         expect(name, pa.types.is_integer(found) or strings, wanted)
 
-    label = kind(schema.label)
-    expect(schema.label, _is_number(label) or pa.types.is_boolean(label), "0 or 1")
+    if labelled:
+        label = kind(schema.label)
+        expect(schema.label, _is_number(label) or pa.types.is_boolean(label), "0 or 1")
     for name in (schema.time, schema.history_time):
         if name is None:
             continue
@@ -148,10 +155,11 @@ class Decoder:
     Args:
         schema: roles of the columns.
         future: a behaviour later than its impression is an ``error``, or is left out (``drop``).
+        labelled: False for data to predict; labels are then 0.
     """
 
-    def __init__(self, schema: Schema, future: Future = "error") -> None:
-        self.schema, self.future = schema, future
+    def __init__(self, schema: Schema, future: Future = "error", *, labelled: bool = True) -> None:
+        self.schema, self.future, self.labelled = schema, future, labelled
 
     def __call__(self, batch: pa.RecordBatch, path: Path, first_row: int) -> Slice:
         """Decode a batch whose first row is row ``first_row`` of the file ``path``.
@@ -174,8 +182,11 @@ class Decoder:
         if schema.user is not None:
             user = id_values(batch.column(schema.user), path, schema.user, rows)
         events, event_time, offsets, dropped = self._history(batch, path, rows, time)
+        label = np.zeros(n, np.float32)
+        if self.labelled:
+            label = self._label(batch.column(schema.label), path, rows)
         return Slice(
-            self._label(batch.column(schema.label), path, rows),
+            label,
             time,
             user,
             ids(schema.profile),

@@ -227,5 +227,5 @@ def write_generated(
             p, y = (torch.tensor(truth[c].to_numpy()) for c in ("probability", "label"))
             best = float(auc(p, y))
     about = f"SYNTHETIC clicks, best reachable test AUC {best:.4f}"
-    content = {**SCHEMA, "length": length, "about": about}
+    content = {**SCHEMA, "length": length, "about": about, "best_auc": best}
     (folder / "schema.yaml").write_text(yaml.safe_dump(content, sort_keys=False))

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,45 +11,13 @@ from torch.utils.data import DataLoader
 
 from cohobate.core.errors import InputError
 from cohobate.core.training.data import ResumableLoader
+from cohobate.ctr.data.cache import prepared
 from cohobate.ctr.data.columns import Future
 from cohobate.ctr.data.generator import SPLITS, write_generated
+from cohobate.ctr.data.layouts import prepare
 from cohobate.ctr.data.schema import Schema, read_schema
 from cohobate.ctr.data.stream import BatchOrder, ClickRows, Piece, plan
 from cohobate.ctr.nets.inputs import Batch, Layout
-
-
-def cache_root() -> Path:
-    """Folder of prepared data: ``$COHOBATE_CACHE``, or ``cohobate`` in the user's cache."""
-    given = os.environ.get("COHOBATE_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(given) if given else Path(base) / "cohobate"
-
-
-def prepared(name: str, key: object, make: Callable[[Path], None], root: Path | None) -> Path:
-    """Folder made by ``make`` for ``key``; made once, whole or not at all.
-
-    Args:
-        name: start of the folder's name.
-        key: what the content depends on; anything ``json`` can write.
-        make: fills an empty folder.
-        root: where; default :func:`cache_root`.
-    """
-    digest = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:16]
-    folder = (root or cache_root()) / "ctr" / f"{name}-{digest}"
-    if folder.exists():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
-    try:
-        make(work)
-        try:
-            work.rename(folder)
-        except OSError:
-            if not folder.exists():  # another process was quicker otherwise
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return folder
 
 
 class ClickData(pl.LightningDataModule):
@@ -90,6 +52,7 @@ class ClickData(pl.LightningDataModule):
     Attributes:
         layout: sizes the networks need.
         sample_rate: share of the negatives in the data.
+        best_auc: best reachable test AUC; None where the clicks' probabilities are not known.
 
     Raises:
         InputError: the folder is no known layout, or a file in it is wrong.
@@ -121,6 +84,7 @@ class ClickData(pl.LightningDataModule):
         self.schema: Schema = replace(found, length=length or found.length)
         self.layout: Layout = self.schema.layout
         self.sample_rate: float = self.schema.sample_rate
+        self.best_auc: float | None = self.schema.best_auc
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.shuffle, self.first_epoch, self.num_workers = shuffle, first_epoch, num_workers
         self.future: Future = future
@@ -139,7 +103,7 @@ class ClickData(pl.LightningDataModule):
             size = length or 16
             folder = prepared(
                 "generated",
-                [2, rows, sample, size],
+                [3, rows, sample, size],
                 lambda path: write_generated(path, rows, length=size, seed=sample),
                 cache,
             )
@@ -148,8 +112,6 @@ class ClickData(pl.LightningDataModule):
             raise InputError(f"{root}: no such folder")
         file = schema or root / "schema.yaml"
         if not file.exists() and schema is None:
-            from cohobate.ctr.data.layouts import prepare  # only for data as downloaded
-
             root = prepare(root, cache, length)
             file = root / "schema.yaml"
         return root, read_schema(file)

@@ -114,6 +114,7 @@ class Schema:
         test_from: rows from this time on are for test.
         sample_rate: share of the negatives that is in the data.
         about: a line that describes the data.
+        best_auc: best reachable AUC on the test part, where the clicks' probabilities are known.
     """
 
     path: Path
@@ -133,6 +134,7 @@ class Schema:
     test_from: int | None = None
     sample_rate: float = 1.0
     about: str = ""
+    best_auc: float | None = None
 
     @cached_property
     def columns(self) -> list[str]:
@@ -202,6 +204,7 @@ _NAMES = {"profile", "candidate", "context", "dense"}
 _PLAIN = {
     "label": str, "user": str, "time": str, "time_unit": str, "history_time": str, "length": int,
     "valid_from": int, "test_from": int, "sample_rate": (int, float), "about": str,
+    "best_auc": float,
 }  # fmt: skip
 
 

@@ -322,6 +322,11 @@ def _gather(part: Slice, rows: np.ndarray, length: int) -> list[np.ndarray]:
     ]  # fmt: skip
 
 
+def gather(part: Slice, rows: np.ndarray, length: int) -> Batch:
+    """Some rows of a slice as a batch, with the newest ``length`` behaviours."""
+    return _batch([_gather(part, rows, length)])
+
+
 def _batch(parts: list[list[np.ndarray]]) -> Batch:
     """Join parts and cut the padding that no row needs."""
     arrays = parts[0] if len(parts) == 1 else [np.concatenate(a) for a in zip(*parts, strict=True)]

@@ -175,10 +175,9 @@ class SUAN(ClickNetwork):
         if r is None:
             return MaskedReach(self.bias, times, valid, zero_empty=self.compat == "fixed")
         dense_target = candidate and self.dense_target
-        gathered = not dense_target and not torch.compiler.is_exporting()
-        if gathered and (
-            2 * k + tokens // r < tokens // 2 if self.gathered is None else self.gathered
-        ):
+        # below a third of the keys the gathered form is the quicker one
+        gathered = self.gathered if self.gathered is not None else 2 * k + tokens // r < tokens // 3
+        if gathered and not dense_target and not torch.compiler.is_exporting():
             return GatheredReach(self.bias, times, valid, k, r)
         pattern = sparse_pattern(tokens, k, r).to(valid.device)
         if dense_target:
