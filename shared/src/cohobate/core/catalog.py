@@ -129,7 +129,7 @@ def papers(domain: str | None = None) -> dict[str, Paper]:
         for path in root.glob("*/*/paper.yaml"):
             paper = Paper(path.parts[-3], path.parts[-2].replace("_", "-"), path.parent)
             if domain in (None, paper.domain):
-                found[paper.name] = paper
+                found.setdefault(paper.name, paper)  # the first wins, as for an import
     return dict(sorted(found.items()))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cohobate.core import __version__, catalog
-from cohobate.core.errors import InputError
+from cohobate.core.errors import InputError, guard
 
 USAGE = """\
 usage: {prog} COMMAND [RECIPE] [options]
@@ -47,32 +47,6 @@ def main(argv: Sequence[str] | None = None, domain: str | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     prog = "cohobate" if domain is None else f"cohobate-{domain}"
     return guard(lambda: _run(words, prog, domain), prog)
-
-
-def guard(action: Callable[[], Any], prog: str) -> int:
-    """Run an action; bad input becomes one line on standard error.
-
-    Args:
-        action: What to do; an integer it returns is the exit code.
-        prog: Name that starts the line.
-
-    Returns:
-        Exit code: 0, 2 for bad input, 130 when interrupted.
-    """
-    try:
-        result = action()
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        return 0
-    except Exception as error:
-        # Libraries wrap what a loader or transform raised; the cause is what the user can mend.
-        found = _input_error(error)
-        if found is None:
-            raise
-        return _complain(prog, found)
-    return result if isinstance(result, int) else 0
 
 
 def _run(words: list[str], prog: str, domain: str | None) -> int:
@@ -305,23 +279,6 @@ def _call(function: Callable[..., int | None], args: list[str], prog: str) -> in
     except ArgumentError as error:
         raise InputError(one_line(error, parser)) from None
     return function(**vars(parsed)) or 0
-
-
-def _input_error(error: BaseException | None) -> InputError | None:
-    """The `InputError` that a library wrapped, or that a data worker sent as text."""
-    while error is not None:
-        if isinstance(error, InputError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _complain(prog: str, error: Exception) -> int:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    # A data worker's error arrives as the whole trace; its last line is the message.
-    text = lines[-1] if lines else type(error).__name__
-    print(f"{prog}: {text.removeprefix('cohobate.core.errors.InputError: ')}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

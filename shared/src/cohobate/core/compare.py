@@ -23,12 +23,13 @@ from scipy.stats import t as student_t
 from tqdm import tqdm
 
 from cohobate.core import catalog
-from cohobate.core.errors import InputError
+from cohobate.core.errors import InputError, guard
 from cohobate.core.io import save_atomic
 from cohobate.core.recipes import read_config, take_config_files
 from cohobate.core.runs import RunFolder
 
 RECIPE_ARM = "distilled"
+_BAR = "{desc}: {percentage:3.0f}% |{bar}| {n:.1f}/{total} runs [{elapsed} < {remaining}{postfix}]"
 
 
 @dataclass(frozen=True)
@@ -261,7 +262,7 @@ def _command(
 
 def _child(argv: list[str]) -> int:
     """One run, in a process of its own: recipe, arm, folder, config, options."""
-    from cohobate.core import cli, runs
+    from cohobate.core import runs
 
     name, arm, folder, extra, *rest = argv
     if config := json.loads(extra):
@@ -271,26 +272,27 @@ def _child(argv: list[str]) -> int:
         rest += ["--config", str(path)]
     overlay = Path(arm) if arm else None
     found = catalog.find(name)
-    return cli.guard(
-        lambda: runs.fit(found, rest, arm=overlay, out=Path(folder)), "cohobate compare"
-    )
+    return guard(lambda: runs.fit(found, rest, arm=overlay, out=Path(folder)), "cohobate compare")
 
 
 def _run_all(
     commands: dict[tuple[str, int], list[str]], folders: dict[tuple[str, int], Path], jobs: int
 ) -> None:
     """Run what is not finished, ``jobs`` at a time, with one progress bar over everything."""
-    waiting = list(commands)
+    waiting = [key for key in commands if not _done(folders[key], commands[key])]
     running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
     environment = dict(os.environ)
     # Several runs at once must not each take all cores.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(jobs, 1))))
-    with tqdm(total=len(commands), unit="run", desc="compare", smoothing=0) as bar:
+    # On a terminal the bar moves each second, in a log there is a line every half minute.
+    pause = 0.5 if sys.stderr.isatty() else 30.0
+    with tqdm(total=len(commands), desc="compare", mininterval=pause, bar_format=_BAR) as bar:
         try:
             while waiting or running:
                 while waiting and len(running) < max(jobs, 1):
                     key = waiting.pop(0)
                     folders[key].mkdir(parents=True, exist_ok=True)
+                    (folders[key] / "command.json").write_text(json.dumps(commands[key][3:]))
                     with (folders[key] / "log.txt").open("ab") as output:
                         running[key] = subprocess.Popen(
                             commands[key], stdout=output, stderr=output, env=environment
@@ -299,9 +301,9 @@ def _run_all(
                     code = running.pop(key).returncode
                     if code != 0:
                         raise _failure(key, folders[key], code)
-                bar.n = len(commands) - len(waiting) - len(running)
-                bar.n += sum(_fraction(folders[key]) for key in running)
-                bar.set_postfix_str(", ".join(f"{arm} {seed}" for arm, seed in running))
+                done = len(commands) - len(waiting) - len(running)
+                bar.set_postfix_str(", ".join(f"{arm} {seed}" for arm, seed in running), False)
+                bar.update(done + sum(_fraction(folders[key]) for key in running) - bar.n)
                 if running:
                     _wait(running)
         finally:
@@ -309,6 +311,13 @@ def _run_all(
                 process.terminate()
             for process in running.values():
                 process.wait()
+
+
+def _done(folder: Path, command: list[str]) -> bool:
+    """Whether just this run is finished; another command is left to ``fit`` to judge."""
+    started = folder / "command.json"
+    same = started.exists() and json.loads(started.read_text()) == command[3:]
+    return same and _last_stage(folder).finished
 
 
 def _wait(running: dict[tuple[str, int], subprocess.Popen[bytes]]) -> None:

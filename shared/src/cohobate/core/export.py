@@ -107,7 +107,8 @@ def to_onnx(
         inputs = tuple(torch.cat([x, x.flip(0)]) if x.shape[0] == 1 else x for x in inputs)
     batch = torch.export.Dim("batch", min=1)
     shapes = tuple({0: batch} for _ in inputs) if dynamic_batch else None
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    for name in ("onnxscript", "torch.onnx"):  # what it skips because it is not installed
+        logging.getLogger(name).setLevel(logging.ERROR)
     with save_atomic(path) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's notes on its own internals
         program = torch.onnx.export(

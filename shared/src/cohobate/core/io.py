@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,7 +71,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice about pickles, which are refused below
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: damaged checkpoint: {_first_line(error)}") from None
     except Exception as error:

@@ -49,7 +49,6 @@ class DistillModule(pl.LightningModule):
         super().__init__()
         self.distill = distill
         self.weights = {name: as_schedule(value) for name, value in (weights or {}).items()}
-        self._followed_step = 0
 
     # --- what a paper implements -------------------------------------------------------------
 
@@ -182,12 +181,19 @@ class DistillModule(pl.LightningModule):
             if state := checkpoint.get("teachers", {}).get(name):
                 teacher.load_changing_state(state)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Let the teachers follow the student's step (once per optimiser step)."""
-        if self.trainer.global_step != self._followed_step:
-            self._followed_step = self.trainer.global_step
-            for teacher in self.teachers().values():
-                teacher.after_step(self.progress)
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then let the teachers follow.
+
+        Here and not in ``on_train_batch_end``, because a checkpoint may be saved before that hook
+        of the module runs.
+        """
+        super().optimizer_step(*args, **kwargs)
+        self.after_step()
+
+    def after_step(self) -> None:
+        """Let the teachers follow a step; a paper with manual optimisation calls it itself."""
+        for teacher in self.teachers().values():
+            teacher.after_step(self.progress)
 
     def on_train_epoch_end(self) -> None:
         """Let the teachers follow the student's epoch."""

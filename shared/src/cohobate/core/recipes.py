@@ -144,7 +144,6 @@ class Recipe(LightningCLI):
                     model,
                     data,
                     save_config_callback=None,
-                    trainer_defaults=TRAINER_DEFAULTS,
                     seed_everything_default=0,
                     parser_kwargs={
                         "default_config_files": [defaults.name],
@@ -159,6 +158,13 @@ class Recipe(LightningCLI):
                 if not isinstance(error, ArgumentError) and not _from_parser(error):
                     raise
                 raise InputError(one_line(error, self.parser)) from None
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options in the order people look for them: model, data, trainer."""
+        parser.add_lightning_class_args(self._model_class, "model", subclass_mode=False)
+        parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=False)
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{key}": value for key, value in TRAINER_DEFAULTS.items()})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run folder's options and link what the model takes from the data."""

@@ -138,10 +138,11 @@ class ExactResume(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Note how much of ``metrics.csv`` belongs to this checkpoint."""
+        """Note what of ``metrics.csv`` belongs to this checkpoint."""
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCsv):
                 checkpoint["metrics_rows"] = logger.rows_written
+                checkpoint["metrics_pending"] = _pending(trainer)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -150,6 +151,8 @@ class ExactResume(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCsv):
                 logger.truncate(checkpoint["metrics_rows"])
+                if pending := checkpoint["metrics_pending"]:
+                    logger.log_metrics(pending, step=checkpoint["global_step"] - 1)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the random states back, last of all before the first step."""
@@ -163,3 +166,16 @@ class ExactResume(Callback):
         torch.set_rng_state(state["torch"].cpu())
         if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+def _pending(trainer: pl.Trainer) -> dict[str, float]:
+    """The row of the step just done, when it is not in the log yet.
+
+    Lightning logs a step after ``on_train_batch_end``, where a checkpoint inside an epoch is saved.
+    """
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    logs: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    if progress.completed == progress.processed or not logs or trainer.global_step % logs:
+        return {}
+    logged = {k: float(v) for k, v in trainer.logged_metrics.items() if k.startswith("train/")}
+    return {**logged, "epoch": float(trainer.current_epoch)}

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from cohobate.core.errors import InputError
+from cohobate.core.export import export, load_student, to_onnx
+from cohobate.core.testing import assert_export_round_trip
+
+
+def test_the_exported_student_answers_the_same(trained: Path, tmp_path: Path) -> None:
+    assert_export_round_trip(trained, tmp_path)
+
+
+def test_the_hub_layout_is_complete(trained: Path, tmp_path: Path) -> None:
+    export(trained, "hub", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "README.md", "config.json", "model.safetensors",
+    }  # fmt: skip
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["parameters"] == sum(p.numel() for p in load_student(tmp_path).parameters())
+    card = (tmp_path / "README.md").read_text()
+    assert "SYNTHETIC points" in card
+    assert "| test/loss |" in card
+
+
+def test_onnx_keeps_the_batch_open(tmp_path: Path) -> None:
+    path = to_onnx(nn.Linear(3, 2), (torch.zeros(1, 3),), tmp_path / "x.onnx")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    out = session.run(None, {session.get_inputs()[0].name: torch.zeros(7, 3).numpy()})
+    assert out[0].shape == (7, 2)
+
+
+def test_a_file_that_disagrees_is_an_error_and_not_written(tmp_path: Path, monkeypatch) -> None:
+    class Wrong:
+        def __init__(self, *args, **kwargs) -> None: ...
+
+        def get_inputs(self):
+            return [type("I", (), {"name": "x"})]
+
+        def run(self, *args):
+            return [torch.ones(2, 2).numpy()]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Wrong)
+    network = nn.Linear(3, 2, bias=False)
+    with pytest.raises(InputError, match=r"x\.onnx: ONNX Runtime differs"):
+        to_onnx(network, (torch.zeros(1, 3),), tmp_path / "x.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_push_needs_the_hub_layout(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--format hub"):
+        export(trained, "onnx", tmp_path, push="me/mine")
+
+
+def test_a_folder_without_a_student_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"config\.json: no such file"):
+        load_student(tmp_path)

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from cohobate.core import catalog, runs
+from cohobate.core.errors import InputError
+from cohobate.core.io import load_checkpoint
+from cohobate.core.testing import assert_same_run, assert_student_only
+from cohobate.core.training.logger import MetricsCsv
+
+
+def test_a_run_folder_holds_what_is_promised(trained: Path) -> None:
+    names = {path.name for path in trained.iterdir()}
+    assert names == {
+        "config.yaml", "run.json", "metrics.csv", "best.ckpt", "last.ckpt", "student.safetensors",
+    }  # fmt: skip
+    info = json.loads((trained / "run.json").read_text())
+    assert (info["status"], info["seed"], info["steps"]) == ("finished", 0, 32)
+    assert {"python", "torch", "lightning", "cohobate-core"} <= set(info["versions"])
+    assert info["data"] == "SYNTHETIC points"
+
+
+def test_checkpoint_and_student_hold_no_teacher(trained: Path) -> None:
+    assert_student_only(trained)
+    content = load_checkpoint(trained / "best.ckpt")
+    assert all(name.startswith("net.") for name in content["state_dict"])
+    assert len(content["optimizer_states"][0]["state"]) == len(content["state_dict"])
+
+
+def test_best_is_the_best_epoch(trained: Path) -> None:
+    with (trained / "metrics.csv").open() as file:
+        scores = [float(row["val/accuracy"]) for row in csv.DictReader(file) if row["val/accuracy"]]
+    info = json.loads((trained / "run.json").read_text())
+    assert info["best"]["val/accuracy"] == pytest.approx(max(scores))
+    assert load_checkpoint(trained / "best.ckpt")["epoch"] == scores.index(max(scores))
+
+
+def test_plain_lightning_reads_the_config(trained: Path) -> None:
+    config = yaml.safe_load((trained / "config.yaml").read_text())
+    assert config["model"]["class_path"] == "cohobate.toy.tiny.Tiny"
+    assert config["model"]["init_args"]["width"] == 8
+
+
+def test_the_same_seed_gives_the_same_run(trained: Path, fit, tmp_path: Path) -> None:
+    assert_same_run(fit(tmp_path / "again"), trained)
+
+
+def test_workers_do_not_change_the_numbers(trained: Path, fit, tmp_path: Path) -> None:
+    out = fit(tmp_path / "run", "--data.workers=1", "--trainer.max_epochs=1")
+    head = (out / "metrics.csv").read_text().splitlines()[1:9]
+    whole = (trained / "metrics.csv").read_text().splitlines()[1:9]
+    # the schedule's weight depends on the length of the run, the task loss of the first step not
+    assert head[0].split(",")[:3] == whole[0].split(",")[:3]
+    assert len(head) == len(whole)
+
+
+def test_another_seed_gives_another_run(trained: Path, fit, tmp_path: Path) -> None:
+    out = fit(tmp_path / "other", "--seed_everything=1")
+    assert (out / "metrics.csv").read_text() != (trained / "metrics.csv").read_text()
+
+
+def _fit_and_die(out: Path, step: int) -> None:
+    os.environ["TINY_DIE_AT_STEP"] = str(step)
+    options = ["--trainer.enable_progress_bar=false", "--checkpoint_steps=3"]
+    runs.fit(catalog.find("toy/tiny"), options, out=out)
+
+
+def test_killed_three_times_a_run_ends_the_same(
+    trained: Path, fit, in_child, tmp_path: Path
+) -> None:
+    out = tmp_path / "killed"
+    for step in (5, 14, 27):  # inside the first, the second and the last epoch
+        assert in_child(_fit_and_die, out, step) == -signal.SIGKILL
+        assert not runs.RunFolder(out).finished
+    fit(out)
+    assert_same_run(out, trained)
+
+
+def test_a_finished_run_is_left_alone_and_a_longer_one_goes_on(fit, tmp_path: Path) -> None:
+    out = fit(tmp_path / "run", "--trainer.max_epochs=2")
+    before = (out / "last.ckpt").stat().st_mtime_ns
+    fit(out)
+    assert (out / "last.ckpt").stat().st_mtime_ns == before
+    fit(out, "--trainer.max_epochs=3")
+    assert runs.RunFolder(out).info["steps"] == 24
+
+
+def test_a_run_folder_refuses_another_configuration(trained: Path, fit) -> None:
+    with pytest.raises(InputError, match=r"started with model\.width = 8, not 9"):
+        fit(trained, "--model.width=9")
+    with pytest.raises(InputError, match="seed_everything = 0, not 3"):
+        fit(trained, "--seed_everything=3")
+
+
+def test_stages_start_from_the_one_before_and_are_skipped_when_finished(
+    fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = fit(tmp_path / "run", recipe="toy/staged")
+    assert last.name == "2-distil"
+    first = load_checkpoint(last.parent / "1-warm" / "best.ckpt")["state_dict"]
+    second = load_checkpoint(last / "last.ckpt")["state_dict"]  # its learning rate is 0
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    before = (last / "last.ckpt").stat().st_mtime_ns
+    fit(tmp_path / "run", recipe="toy/staged")
+    assert (last / "last.ckpt").stat().st_mtime_ns == before
+    assert runs.checkpoint_file(tmp_path / "run").parent == last
+
+
+def test_weights_can_be_tested_from_the_last_checkpoint(fit, tmp_path: Path) -> None:
+    out = fit(tmp_path / "run", "--evaluate=last", "--trainer.max_epochs=1")
+    assert runs.RunFolder(out).info["evaluated"] == "last.ckpt"
+
+
+def test_validate_repeats_the_numbers_of_the_run(trained: Path) -> None:
+    found = runs.validate(trained, ["--trainer.enable_progress_bar=false"])
+    info = runs.RunFolder(trained).info
+    assert found["test/loss"] == pytest.approx(info["test"]["test/loss"])
+    assert found["val/accuracy"] == pytest.approx(info["best"]["val/accuracy"])
+
+
+def test_metrics_keep_their_rows_and_gain_columns(tmp_path: Path) -> None:
+    logger = MetricsCsv(tmp_path)
+    logger.log_metrics({"a": 1.0, "epoch": 0}, 0)
+    logger.log_metrics({"b": 2.0, "epoch": 0}, 1)
+    logger.log_metrics({"a": 3.0, "epoch": 1}, 2)
+    text = "step,epoch,a,b\r\n0,0,1,\r\n1,0,,2\r\n2,1,3,\r\n"
+    assert (tmp_path / "metrics.csv").read_bytes().decode() == text
+    again = MetricsCsv(tmp_path)
+    again.truncate(1)
+    again.log_metrics({"b": 2.0, "epoch": 0}, 1)
+    again.log_metrics({"a": 3.0, "epoch": 1}, 2)
+    assert (tmp_path / "metrics.csv").read_bytes().decode() == text
+
+
+def test_two_processes_give_the_losses_of_one(fit, tmp_path: Path) -> None:
+    common = ["--trainer.accelerator=cpu", "--trainer.max_epochs=2", "--model.dropout=0.0"]
+    alone = fit(tmp_path / "one", *common, "--data.batch_size=8")
+    command = [
+        sys.executable, "-m", "cohobate.core", "fit", "toy/tiny", *common, "--data.batch_size=4",
+        "--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.enable_progress_bar=false",
+        f"--out={tmp_path / 'two'}",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = []
+    for folder in (alone, tmp_path / "two"):
+        with (folder / "metrics.csv").open() as file:
+            rows.append([row for row in csv.DictReader(file) if row["train/loss"]])
+    assert len(rows[0]) == len(rows[1]) == 16
+    for one, two in zip(*rows, strict=True):
+        assert float(one["train/loss"]) == pytest.approx(float(two["train/loss"]), rel=1e-5)
+    assert_close_states(alone, tmp_path / "two")
+
+
+def assert_close_states(one: Path, two: Path) -> None:
+    a, b = load_checkpoint(one / "last.ckpt"), load_checkpoint(two / "last.ckpt")
+    for name, tensor in a["state_dict"].items():
+        torch.testing.assert_close(tensor, b["state_dict"][name], rtol=1e-4, atol=1e-6)
+    for name, tensor in a["teachers"]["teacher"].items():
+        torch.testing.assert_close(tensor, b["teachers"]["teacher"][name], rtol=1e-4, atol=1e-6)
