@@ -93,7 +93,7 @@ def demo(session: nox.Session) -> None:
     install(session, "medseg")
     session.run(
         "cohobate", "compare", "medseg/dsd", "--seeds", "2", "--jobs", "2",
-        "--trainer.max_epochs", "4", "--out", "runs/demo", *session.posargs, env=THREADS,
+        "--trainer.max_epochs", "3", "--out", "runs/demo", *session.posargs, env=THREADS,
     )  # fmt: skip
 
 
