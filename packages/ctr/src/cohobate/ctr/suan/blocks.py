@@ -137,7 +137,7 @@ class DualAlignment(nn.Module):
         if 0 < apart < own.shape[1] - 1:
             shared = weight[:, :1].expand(-1, own.shape[1] - apart, -1)
             weight = torch.cat([shared, weight[:, 1:]], 1)
-        return torch.lerp(cross, own, weight.to(cross.dtype))
+        return torch.lerp(cross.to(own.dtype), own, weight.to(own.dtype))
 
 
 class UAB(nn.Module):

@@ -1,16 +1,15 @@
-"""Losses of online distillation: binary cross-entropy against clicks and against soft labels."""
+"""Losses of online distillation: binary cross-entropy against clicks and against soft labels.
+
+``weight`` and ``num_items`` follow the rule of ``cohobate.core.losses.reduce``.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
 
-
-def _mean(loss: Tensor, weight: Tensor | None, num_items: Tensor | int | None) -> Tensor:
-    if weight is not None:
-        loss = loss * weight
-        num_items = weight.sum() if num_items is None else num_items
-    return loss.mean() if num_items is None else loss.sum() / num_items
+from cohobate.core.losses.reduce import compute_dtype, reduce_items
 
 
 def click_loss(
@@ -18,19 +17,18 @@ def click_loss(
     label: Tensor,
     *,
     weight: Tensor | None = None,
-    num_items: Tensor | int | None = None,
+    num_items: int | float | Tensor | None = None,
 ) -> Tensor:
     """Binary cross-entropy with logits, ``-y log s(z) - (1 - y) log(1 - s(z))``.
 
     Args:
         logit: (B,) z.
         label: (B,) y in [0, 1].
-        weight: (B,) weight of each row; 0 leaves it out.
-        num_items: divisor; default the number (or weight) of rows. Under several processes that
-            of the global batch.
+        weight: (B,) mask or weight of each row.
+        num_items: count of rows to divide by.
 
     Returns:
-        A float32 scalar.
+        A scalar.
 
     References:
         Lai et al., RecSys 2025, arXiv:2508.15326: the first two terms of the training loss.
@@ -39,37 +37,36 @@ def click_loss(
         >>> round(click_loss(torch.tensor([0.0, 2.0]), torch.tensor([1.0, 1.0])).item(), 4)
         0.41
     """
-    loss = torch.nn.functional.binary_cross_entropy_with_logits(
-        logit.float(), label.float(), reduction="none"
-    )
-    return _mean(loss, weight, num_items)
+    dtype = compute_dtype(logit)
+    loss = binary_cross_entropy_with_logits(logit.to(dtype), label.to(dtype), reduction="none")
+    return reduce_items(loss, weight, num_items, dtype=logit.dtype)
 
 
 def soft_click_loss(
     student: Tensor,
     teacher: Tensor,
-    target: Tensor | None = None,
     *,
     temperature: float = 2.0,
+    t_squared: bool = True,
     weight: Tensor | None = None,
-    num_items: Tensor | int | None = None,
+    num_items: int | float | Tensor | None = None,
 ) -> Tensor:
-    """Binary cross-entropy against the tempered teacher, ``BCE(z_S / t, s(z_T / t))``.
+    """Binary cross-entropy against the tempered teacher, ``t^2 BCE(z_S / t, s(z_T / t))``.
 
-    Its gradient with respect to ``z_S`` is ``(s(z_S / t) - s(z_T / t)) / t`` per row, so a factor
-    of t^2 keeps its size against the click loss; the caller applies it. The caller also detaches
-    the teacher where the teacher shall learn from clicks alone.
+    Its gradient with respect to ``z_S`` is ``t (s(z_S / t) - s(z_T / t))`` per row: the factor t^2
+    undoes what the temperature takes from it. The caller detaches the teacher where the teacher
+    shall learn from clicks alone.
 
     Args:
         student: (B,) logits z_S.
         teacher: (B,) logits z_T, not corrected for the sampling rate.
-        target: not used: clicks play no part in this term.
         temperature: t.
-        weight: (B,) weight of each row.
-        num_items: divisor; default the number (or weight) of rows.
+        t_squared: multiply by t^2.
+        weight: (B,) mask or weight of each row.
+        num_items: count of rows to divide by.
 
     Returns:
-        A float32 scalar.
+        A scalar.
 
     References:
         Lai et al., RecSys 2025, arXiv:2508.15326: the third term of the training loss.
@@ -77,7 +74,10 @@ def soft_click_loss(
     Example:
         >>> z = torch.tensor([0.0]), torch.tensor([2.0])
         >>> round(soft_click_loss(*z, temperature=2.0).item(), 4)
-        0.6931
+        2.7726
     """
-    soft = torch.sigmoid(teacher.float() / temperature)
-    return click_loss(student.float() / temperature, soft, weight=weight, num_items=num_items)
+    dtype = compute_dtype(student, teacher)
+    soft = torch.sigmoid(teacher.to(dtype) / temperature)
+    tempered = student.to(dtype) / temperature
+    loss = click_loss(tempered, soft, weight=weight, num_items=num_items)
+    return (loss * temperature**2 if t_squared else loss).to(student.dtype)

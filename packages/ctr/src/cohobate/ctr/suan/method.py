@@ -175,8 +175,7 @@ class DistilSUAN(DistillModule):
         if self.warming:
             return {}
         teacher = outputs["teacher"].detach() if self.detach_teacher else outputs["teacher"]
-        loss = soft_click_loss(outputs["student"], teacher, temperature=self.temperature)
-        return {"kd": self.temperature**2 * loss}
+        return {"kd": soft_click_loss(outputs["student"], teacher, temperature=self.temperature)}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One optimiser for both networks; they share no parameter unless the tables are shared."""
