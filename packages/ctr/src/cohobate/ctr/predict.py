@@ -74,6 +74,8 @@ def _schema_beside(path: Path) -> Path:
 def _write(model: DistilSUAN, path: Path, target: Path, schema: Schema, rows: int) -> None:
     with open_parquet(path) as file:
         check_columns(schema, file.schema_arrow, path, labelled=False)
+        if "probability" in file.schema_arrow.names:
+            raise InputError(f"{path}: column 'probability' is there already")
         columns = file.schema_arrow.append(pa.field("probability", pa.float32()))
         with pq.ParquetWriter(target, columns, compression="zstd") as writer:
             for batch, probability in _scores(model, file, path, schema, rows):

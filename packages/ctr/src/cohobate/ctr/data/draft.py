@@ -33,7 +33,8 @@ def draft_schema(path: Path, *, min_count: int = 0, out: Path | None = None) -> 
     Args:
         path: a parquet file or a folder of shards.
         min_count: with 1 or more, ids become vocabularies in files: those seen so often before
-            the validation part; else ids are hashed, or used as they are when they are small.
+            the validation part; else, and where no id is, ids are hashed, or used as they are
+            when they are small.
         out: folder for the vocabularies (``vocabulary/<field>.parquet``).
 
     Returns:
@@ -57,8 +58,8 @@ def draft_schema(path: Path, *, min_count: int = 0, out: Path | None = None) -> 
             raise InputError("min_count: needs a folder for the vocabularies")
         for name in names:
             target = Path("vocabulary") / f"{name}.parquet"
-            _vocabulary(files, source.get(name, name), content, min_count, out / target)
-            content["fields"][name] = {"encoding": "list", "file": str(target)}
+            if _vocabulary(files, source.get(name, name), content, min_count, out / target):
+                content["fields"][name] = {"encoding": "list", "file": str(target)}
     return content
 
 
@@ -150,8 +151,12 @@ def _flat(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def _vocabulary(
     files: list[Path], name: str, content: dict[str, Any], min_count: int, target: Path
-) -> None:
-    """Write the ids seen at least ``min_count`` times before validation, most frequent first."""
+) -> bool:
+    """Write the ids seen at least ``min_count`` times before validation, most frequent first.
+
+    Returns:
+        Whether there are any.
+    """
     time, until = content["time"], content.get("valid_from")
     seen: pa.Table | None = None
     for path in files:
@@ -168,7 +173,8 @@ def _vocabulary(
     assert seen is not None
     kept = seen.filter(pc.greater_equal(seen["n"], min_count))
     if kept.num_rows == 0:
-        raise InputError(f"{files[0]}: column {name!r}: no id is seen {min_count} times")
+        return False
     kept = kept.sort_by([("n", "descending"), ("id", "ascending")])
     with save_atomic(target) as temporary:
         pq.write_table(kept.select(["id"]), temporary)
+    return True

@@ -150,7 +150,7 @@ def as_table(columns: dict[str, Any], first_user: int) -> pa.Table:
     return pa.table(
         {
             **small,
-            "probability": pa.array(columns["probability"][order]),
+            "click_probability": pa.array(columns["probability"][order]),
             "user_id": pa.array(columns["user_id"][order] + first_user),
             "timestamp": pa.array(columns["timestamp"][order]),
             "hist_item": lists(item, pa.int8()),
@@ -219,12 +219,12 @@ def write_generated(
                 writer = pq.ParquetWriter(path, table.schema, compression="zstd")
             writer.write_table(table)
             if name == "test":
-                kept.append(table.select(["label", "probability"]))
+                kept.append(table.select(["label", "click_probability"]))
         if writer is not None:
             writer.close()
         if kept:
             truth = pa.concat_tables(kept)
-            p, y = (torch.tensor(truth[c].to_numpy()) for c in ("probability", "label"))
+            p, y = (torch.tensor(truth[c].to_numpy()) for c in ("click_probability", "label"))
             best = float(auc(p, y))
     about = f"SYNTHETIC clicks, best reachable test AUC {best:.4f}"
     content = {**SCHEMA, "length": length, "about": about, "best_auc": best}

@@ -103,7 +103,7 @@ class ClickData(pl.LightningDataModule):
             size = length or 16
             folder = prepared(
                 "generated",
-                [3, rows, sample, size],
+                [4, rows, sample, size],
                 lambda path: write_generated(path, rows, length=size, seed=sample),
                 cache,
             )

@@ -36,7 +36,9 @@ def export_program(network: ClickNetwork) -> torch.export.ExportedProgram:
     example = network.layout.example(3)
     length = max(network.length - 1, 2)
     example = example._replace(
-        history=example.history[:, -length:], history_time=example.history_time[:, -length:]
+        # contiguous, or the tracer learns that the length is not the whole
+        history=example.history[:, -length:].contiguous(),
+        history_time=example.history_time[:, -length:].contiguous(),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer's notes on its own internals
