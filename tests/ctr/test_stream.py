@@ -101,7 +101,8 @@ def test_shuffling_gives_each_row_once_and_anew_each_epoch(
         orders.append([i for b in loader for i in prices(b)])
         assert sorted(orders[-1]) == list(range(12))
     assert orders[0] != orders[1]
-    shifted = training(write_log(tmp_path / "again"), shuffle=True, first_epoch=1)
+    shifted = training(write_log(tmp_path / "again"), shuffle=True)
+    shifted.first_epoch = 1
     loader = shifted.train_dataloader()
     loader.batch_sampler.sampler.set_epoch(0)
     assert [i for b in loader for i in prices(b)] == orders[1]

@@ -39,7 +39,6 @@ class ClickData(pl.LightningDataModule):
         eval_batch_size: rows a batch of validation and test.
         shuffle: permute row groups and the rows inside each epoch; a log is read in time order
             otherwise, as the paper does.
-        first_epoch: number that the order of the first epoch is drawn for.
         num_workers: processes that decode; the order does not depend on it.
         future: a behaviour later than its impression is an ``error`` or is left out (``drop``).
         limit_rows: train on the first so many rows only (scaling-law runs).
@@ -52,6 +51,7 @@ class ClickData(pl.LightningDataModule):
     Attributes:
         layout: sizes the networks need.
         sample_rate: share of the negatives in the data.
+        first_epoch: number that the order of the first epoch is drawn for.
         best_auc: best reachable test AUC; None where the clicks' probabilities are not known.
 
     Raises:
@@ -67,7 +67,6 @@ class ClickData(pl.LightningDataModule):
         batch_size: int = 256,
         eval_batch_size: int = 4096,
         shuffle: bool = False,
-        first_epoch: int = 0,
         num_workers: int = 0,
         future: Future = "error",
         limit_rows: int | None = None,
@@ -86,7 +85,8 @@ class ClickData(pl.LightningDataModule):
         self.sample_rate: float = self.schema.sample_rate
         self.best_auc: float | None = self.schema.best_auc
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.shuffle, self.first_epoch, self.num_workers = shuffle, first_epoch, num_workers
+        self.shuffle, self.num_workers = shuffle, num_workers
+        self.first_epoch = 0
         self.future: Future = future
         self.limit_rows, self.permute_labels, self.seed = limit_rows, permute_labels, seed
 

@@ -13,6 +13,7 @@ from cohobate.core.errors import InputError
 from cohobate.core.io import fitting_weights, load_weights
 from cohobate.core.module import DistillModule
 from cohobate.core.training.schedules import Schedule
+from cohobate.ctr.data import ClickData
 from cohobate.ctr.metrics import ClickMetrics, calibrate, reliability
 from cohobate.ctr.nets.inputs import Batch, ClickNetwork, Common, Layout
 from cohobate.ctr.optim import EmbeddingOptimizer, click_optimizer
@@ -36,7 +37,8 @@ class DistilSUAN(DistillModule):
         common: settings of both networks: embedding width, head.
         temperature: t.
         teacher_warmup_epochs: epochs in which the teacher trains alone, so that the student never
-            learns from a random one.
+            learns from a random one. They come on top of ``trainer.max_epochs``: with and without
+            distillation the student trains as many steps, in the same order.
         train_teacher: False freezes the teacher (offline distillation); it then needs weights.
         teacher_checkpoint: run folder or weights of the paper's stage A that the teacher starts
             from.
@@ -87,7 +89,7 @@ class DistilSUAN(DistillModule):
         if not train_teacher and teacher_warmup_epochs:
             raise InputError("model.teacher_warmup_epochs: a frozen teacher has no warm-up")
         self.layout, self.sample_rate, self.temperature = layout, sample_rate, temperature
-        self.warmup = teacher_warmup_epochs if distill else 0
+        self.teacher_warmup_epochs = teacher_warmup_epochs
         self.detach_teacher, self.train_teacher = detach_teacher, train_teacher
         self.teacher_checkpoint = teacher_checkpoint
         self.lr, self.embedding_lr, self.embedding_optimizer = lr, embedding_lr, embedding_optimizer
@@ -127,7 +129,12 @@ class DistilSUAN(DistillModule):
 
     def setup(self, stage: str) -> None:
         """Load the teacher of stage A; a resumed run overwrites it by its own."""
-        if stage == "fit" and self.teacher is not None and self.teacher_checkpoint is not None:
+        if stage != "fit":
+            return
+        if not self.distill and isinstance(self.trainer.datamodule, ClickData):
+            # the order of the epochs in which a distilled student trains
+            self.trainer.datamodule.first_epoch = self.teacher_warmup_epochs
+        if self.teacher is not None and self.teacher_checkpoint is not None:
             path = self.teacher_checkpoint
             path = path / "student.safetensors" if path.is_dir() else path
             self.teacher.load_state_dict(fitting_weights(self.teacher, load_weights(path), path))
@@ -152,7 +159,13 @@ class DistilSUAN(DistillModule):
     @property
     def warming(self) -> bool:
         """Whether the teacher trains alone now."""
-        return self.warmup > 0 and self.current_epoch < self.warmup
+        return self.teacher is not None and self.current_epoch < self.teacher_warmup_epochs
+
+    def on_fit_start(self) -> None:
+        """Add the warm-up to the student's epochs."""
+        loop = self.trainer.fit_loop
+        if self.teacher is not None and loop.max_epochs is not None and loop.max_epochs > 0:
+            loop.max_epochs += self.teacher_warmup_epochs
 
     def forward_train(self, batch: Batch) -> dict[str, Tensor]:
         """Logits of the networks that train, ``student`` and ``teacher``, each (B,)."""

@@ -60,7 +60,7 @@ def run_scaling(
     length = max(size.length for size in sizes.values())
     generated = [max(rows), 5_000, 20_000]
     options = [f"--data.length={length}", f"--trainer.max_epochs={epochs}",
-               "--trainer.enable_progress_bar=false", "--data.first_epoch=0"]  # fmt: skip
+               "--trainer.enable_progress_bar=false"]  # fmt: skip
     if root is None:
         options.append(f"--data.rows={generated}")
         data = ClickData(length=length, rows=(generated[0], generated[1], generated[2]))
