@@ -83,9 +83,10 @@ class Result:
         base = next(iter(arms.values()))["metrics"][metric["name"]]
         own = arms[RECIPE_ARM]["metrics"][metric["name"]]
         low, high = own["interval"]
+        arrow = "↑" if metric["direction"] == "higher" else "↓"
         return (
-            f"{metric['label']} ({metric['direction']} is better): {base['mean']:.4g} → "
-            f"{own['mean']:.4g}, difference {own['difference']:+.3g} "
+            f"{metric['label']} {arrow} {base['mean']:.4g} → {own['mean']:.4g}, "
+            f"difference {own['difference']:+.3g} "
             f"(95 % interval {low:+.3g} to {high:+.3g}): {own['verdict']}"
         )
 
@@ -149,8 +150,8 @@ def papers_table(papers: dict[str, Paper], results: list[Result], folder: Path, 
             f"`cohobate-{paper.domain}`",
             about.get("summary", ""),
             "<br>".join(claims) or "–",
-            "<br>".join(map(_cell, own)) or "not measured yet",
-            "<br>".join(_with_variant(r, r.cost) for r in own) or "not measured yet",
+            "<br><br>".join(map(_cell, own)) or "not measured yet",
+            "<br><br>".join(_with_variant(r, r.cost) for r in own) or "not measured yet",
         ]
         lines.append("| " + " | ".join(_escape(cell) for cell in cells) + " |")
     return "\n".join(lines) if papers else "No paper is here yet."
@@ -160,12 +161,12 @@ def results_block(own: list[Result]) -> str:
     """All results of one paper: tables, pictures, and how each was made."""
     parts = []
     for result in own:
-        title = f"`{result.content['recipe']}`"
+        title = result.variant or "Default recipe"
         picture = result.path.with_suffix(".png").name
         parts += [
-            f"### {title}, {result.variant}" if result.variant else f"### {title}",
+            f"### {title}",
             markdown(result.content),
-            f"![Every seed of {title}: baseline and distilled](../results/{picture})",
+            f"![Every seed of every arm, {title}](../results/{picture})",
             f"`{result.command}` ({_made_with(result.content)}; "
             f"[JSON](../results/{result.path.name}))",
         ]
