@@ -167,6 +167,19 @@ def test_a_page_shows_every_variant_with_its_command_and_versions(house: House) 
     )
 
 
+def test_a_variant_with_a_block_of_its_own_is_shown_there_alone(house: House) -> None:
+    house.add("dom-my-paper", GOOD)
+    house.add("dom-my-paper-real", {**GOOD, "data": "real volumes"})
+    page = house.root / "docs/papers/my-paper.md"
+    page.write_text(f"{PAGE}\n<!-- results:dom-my-paper-real -->\n<!-- /results -->\n")
+    assert house.run() == 0
+    before, after = page.read_text().split("After.")
+    assert "SYNTHETIC volumes" in before
+    assert "real volumes" not in before
+    assert "real volumes" in after
+    assert "SYNTHETIC volumes" not in after
+
+
 def test_writing_twice_changes_nothing(house: House, capsys: pytest.CaptureFixture[str]) -> None:
     house.add("dom-my-paper", GOOD)
     assert house.run() == 0
@@ -234,7 +247,7 @@ def test_a_benchmark_becomes_a_table(house: House) -> None:
         (lambda h: h.add("dom-my-paper", {"seeds": []}), "not written by `cohobate compare"),
         (edit("README.md", "<!-- /papers -->", ""), "<!-- papers --> and <!-- /papers -->"),
         (edit("docs/papers/my-paper.md", "<!-- results:dom-my-paper", "<!-- "), "needs a line"),
-        (edit("docs/papers/my-paper.md", "results:dom", "results:mod"), "there is no paper mod-"),
+        (edit("docs/papers/my-paper.md", "results:dom", "results:mod"), "no paper or result mod-"),
         (edit("docs/papers/my-paper.md", "<!-- /results -->", ""), "must stand there once"),
     ],
 )
