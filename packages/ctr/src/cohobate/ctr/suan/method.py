@@ -265,7 +265,7 @@ class DistilSUAN(DistillModule):
         Returns:
             The files written.
         """
-        from cohobate.ctr.predict import predict_parquet
+        from cohobate.ctr.suan.predict import predict_parquet
 
         return predict_parquet(self, inputs, out, schema, batch_size)
 

@@ -1,6 +1,6 @@
 """Cost of the SUAN package, and MovieLens against another library's DIN on the same rows.
 
-    python tests/benchmarks/bench_suan.py OUT.json [--movielens DIR] [--peer PYTHON] [--seeds 3]
+    python tests/benchmarks/ctr/bench_suan.py OUT.json [--movielens DIR] [--peer PYTHON] [--seeds 3]
 
 ``--peer`` is a Python with torch-rechub installed; it gets the same training and test rows as
 arrays. Times are CPU seconds of the process at one thread, so that a busy machine does not count.
@@ -275,7 +275,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    command = "python tests/benchmarks/bench_suan.py " + asked.out.name
+    command = "python tests/benchmarks/ctr/bench_suan.py " + asked.out.name
     details: dict[str, Any] = {}
     if asked.movielens is None:
         rows = rows_of_parts(sparse_attention(), parallel_scoring())
