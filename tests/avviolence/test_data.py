@@ -143,7 +143,7 @@ def test_own_features_read_back_with_their_extractors(tmp_path: Path) -> None:
     )
     data = BagData(tmp_path, val_share=0.0)
     assert len(data.train_dataloader().dataset) == 2
-    truth = data.test_dataloader().dataset[0]["truth"]
+    truth = data.test_dataloader()[0].dataset[0]["truth"]
     assert truth.tolist() == [0] * 12 + [1] * 12 + [0] * 24 + [1] * 48
 
 

@@ -39,7 +39,7 @@ def test_one_command_makes_features_of_a_folder(
     assert found.visual.shape == (5, 2, 16)
     assert found.audio.shape == (2, 128)
     assert found.visual_extractor.startswith("tiny-videomae@")
-    assert found.audio_extractor == "logmel128"
+    assert found.audio_extractor == "logmel"
     with (tmp_path / "out" / "report.csv").open() as file:
         rows = {row["file"]: row for row in csv.DictReader(file)}
     assert float(rows["b.mp4"]["difference"]) == pytest.approx(0.3 - 2 / 3, abs=0.1)

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cohobate.avviolence import plots
-from cohobate.avviolence.data.features import SNIPPET_SECONDS, SUFFIX, Features, read_features
+from cohobate.avviolence.data.features import (
+    SNIPPET_SECONDS,
+    SUFFIX,
+    Features,
+    check_widths,
+    read_features,
+)
 from cohobate.avviolence.features.extract import Choice, Extracted, Extraction, videos_in
 from cohobate.avviolence.features.media import MEDIA
 from cohobate.avviolence.metrics import video_scores
@@ -102,6 +108,7 @@ def score_files(
     network: nn.Module,
     bag_probability: Any,
     trained_on: tuple[str, str],
+    widths: tuple[int, int],
     choice: Choice,
     rule: Rule,
     force: bool,
@@ -118,6 +125,7 @@ def score_files(
         network: Two-stream network.
         bag_probability: From logits ``(C, T)`` to a probability ``(C,)``.
         trained_on: Extractors of the features that the network was trained on.
+        widths: Visual and audio width of those features.
         choice: Extractors for videos.
         rule: How scores become intervals.
         force: Score features of other extractors too.
@@ -138,6 +146,7 @@ def score_files(
         try:
             features, extracted = _features(path, choice)
             _check_extractors(features, trained_on, force)
+            check_widths(features, widths)
             logits = bag_logit_parts(network, features, device)
             score = float(bag_probability(logits).mean())
             scored = Scored(path, video_scores(logits.numpy()), score, features)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cohobate.avviolence.data import synthetic
-from cohobate.avviolence.data.features import Features
+from cohobate.avviolence.data.features import check_widths
 from cohobate.avviolence.data.layout import Split, Video, own, published, snippet_frames_truth
 from cohobate.avviolence.data.synthetic import SyntheticBags
 from cohobate.core.errors import InputError
@@ -60,7 +60,7 @@ class Bags(Dataset[Bag]):
     def __getitem__(self, item: int) -> Bag:
         number, crop = self.index[item]
         video = self.videos[number]
-        features = checked(video, self.widths)
+        features = check_widths(video.source.load(), self.widths)
         places = sample_positions(len(features), self.length)
         return {
             "visual": torch.from_numpy(features.visual[crop, places]),
@@ -85,7 +85,7 @@ class Videos(Dataset[Bag]):
 
     def __getitem__(self, item: int) -> Bag:
         video = self.videos[item]
-        features = checked(video, self.widths)
+        features = check_widths(video.source.load(), self.widths)
         spans = video.intervals
         truth = None if spans is None else snippet_frames_truth(len(features), spans)
         return {
@@ -94,22 +94,6 @@ class Videos(Dataset[Bag]):
             "label": float(video.violent),
             "truth": None if truth is None else torch.from_numpy(truth),
         }
-
-
-def checked(video: Video, widths: tuple[int, int]) -> Features:
-    """Load a video's features and check their widths.
-
-    Raises:
-        InputError: The features are bad or of another width.
-    """
-    features = video.source.load()
-    found = (features.visual.shape[2], features.audio.shape[1])
-    if found != widths:
-        raise InputError(
-            f"{features.name}: widths {found[0]} (visual) and {found[1]} (audio), "
-            f"expected {widths[0]} and {widths[1]}"
-        )
-    return features
 
 
 def collate(bags: list[Bag]) -> dict[str, Tensor]:
@@ -202,9 +186,9 @@ class BagData(pl.LightningDataModule):
         splits: list[Split] = ["val", "test"] if self.watch_test else ["val"]
         return [self._whole(split) for split in splits if self.videos[split]]
 
-    def test_dataloader(self) -> DataLoader[Bag]:
-        """Test videos, one a batch."""
-        return self._whole("test")
+    def test_dataloader(self) -> list[DataLoader[Bag]]:
+        """Test videos, one a batch; no loader where there are none."""
+        return [self._whole("test")] if self.videos["test"] else []
 
     @property
     def _widths(self) -> tuple[int, int]:

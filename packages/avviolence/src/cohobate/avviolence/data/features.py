@@ -93,6 +93,25 @@ def check(features: Features) -> Features:
     )
 
 
+def check_widths(features: Features, widths: tuple[int, int]) -> Features:
+    """Refuse features of other widths than the network's.
+
+    Args:
+        features: As read.
+        widths: Visual and audio width.
+
+    Raises:
+        InputError: They differ.
+    """
+    found = (features.visual.shape[2], features.audio.shape[1])
+    if found != widths:
+        raise InputError(
+            f"{features.name}: widths {found[0]} (visual) and {found[1]} (audio), "
+            f"expected {widths[0]} and {widths[1]}"
+        )
+    return features
+
+
 def write_features(features: Features, path: Path) -> None:
     """Write one video's features to one file, whole or not at all.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights, list_models, video
 from torchvision.transforms import InterpolationMode
 
-from cohobate.avviolence.features.logmel import BANDS, log_mel
+from cohobate.avviolence.features.logmel import log_mel
 from cohobate.avviolence.features.media import SAMPLE_RATE
 from cohobate.avviolence.features.vggish import WEIGHTS, VGGish
 from cohobate.core.errors import InputError
@@ -239,7 +239,7 @@ def audio_extractor(name: str = "vggish", weights: Path | None = None) -> AudioE
         InputError: There is no such model, or its weights cannot be had.
     """
     if name == "logmel":
-        return _LogMelStatistics(f"logmel{2 * BANDS}", nn.Identity())
+        return _LogMelStatistics(name, nn.Identity())
     if name in ("vggish", "vggish-pca"):
         network = VGGish(postprocess=name == "vggish-pca")
         urls = WEIGHTS[: 1 + network.postprocess]

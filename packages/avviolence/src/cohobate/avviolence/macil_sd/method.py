@@ -329,6 +329,7 @@ class MACILSD(DistillModule):
             network=self.network,
             bag_probability=_bag_probability,
             trained_on=self.extractors,
+            widths=self.widths,
             choice=choice,
             rule=Rule(threshold, min_length, max_gap),
             force=force,
