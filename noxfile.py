@@ -93,7 +93,7 @@ def demo(session: nox.Session) -> None:
     install(session, "medseg")
     session.run(
         "cohobate", "compare", "medseg/dsd", "--seeds", "2", "--jobs", "2",
-        "--trainer.max_epochs", "4", "--out", "runs/demo", *session.posargs, env=THREADS,
+        "--trainer.max_epochs", "3", "--out", "runs/demo", *session.posargs, env=THREADS,
     )  # fmt: skip
 
 
@@ -117,7 +117,7 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session, package: str) -> None:
     """Check types: strict in the core."""
     install(session, package, extra=tuple(group(ROOT, "types")))
-    session.run("mypy", str(folder(package) / "src"))
+    session.run("mypy", "-p", f"cohobate.{package}")
 
 
 @nox.session(default=False)

@@ -29,9 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from cohobate.core.catalog import Paper
-from cohobate.core.cli import guard
 from cohobate.core.compare import RECIPE_ARM, draw, markdown
-from cohobate.core.errors import InputError
+from cohobate.core.errors import InputError, guard
 
 ROOT = Path(__file__).resolve().parent.parent
 _BLOCK = r"^<!-- {name} -->\n(?:(?!<!-- ).*\n)*<!-- /{end} -->$"
@@ -113,7 +112,7 @@ def read_results(root: Path, papers: dict[str, Paper]) -> list[Result]:
         InputError: A file is not a comparison, or its name is not that of its paper.
     """
     found = []
-    for path in sorted((root / "docs/results").glob("*.json")):
+    for path in sorted((root / "docs/results").glob("*.json"), key=lambda path: path.stem):
         if path.stem.startswith("bench-"):
             continue
         result = Result(path, _read_json(path))
@@ -127,24 +126,26 @@ def read_results(root: Path, papers: dict[str, Paper]) -> list[Result]:
     return found
 
 
-def papers_table(papers: dict[str, Paper], results: list[Result], pages: str) -> str:
+def papers_table(papers: dict[str, Paper], results: list[Result], folder: Path, pages: Path) -> str:
     """The table of papers.
 
     Args:
         papers: By name.
         results: Of all papers.
-        pages: Path from the table's file to the papers' pages.
+        folder: Where the table's file lies.
+        pages: Where the papers' pages lie.
     """
     lines = [
         "| paper | package | what it does | the paper's claim | measured here | cost |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, paper in papers.items():
-        about = paper.about
+        about, page = paper.about, pages / f"{paper.slug}.md"
+        link = f"[`{name}`]({page.relative_to(folder)})" if page.exists() else f"`{name}`"
         own = [result for result in results if result.paper == name]
-        claims = [f"{c['metric']} {c['delta']} ({c['setting']})" for c in about.get("claim", [])]
+        claims = [f"{c['metric']} {c['delta']} ({c['setting']})" for c in _main_claims(about)]
         cells = [
-            f"[`{name}`]({pages}/{paper.slug}.md)<br>{about['title']}, {about['year']}",
+            f"{link}<br>{about['title']}, {about['year']}",
             f"`cohobate-{paper.domain}`",
             about.get("summary", ""),
             "<br>".join(claims) or "–",
@@ -218,12 +219,13 @@ def texts(root: Path) -> dict[Path, str | None]:
     for name, paper in papers.items():
         page = root / "docs/papers" / f"{paper.slug}.md"
         marker = f"<!-- results:{name.replace('/', '-')} -->"
-        if marker not in (found.get(page) or ""):
+        if page in found and marker not in (found[page] or ""):
             raise InputError(f"{page}: the page of {name} needs a line {marker}")
         found[paper.folder / "measured.json"] = measured(by_paper[name])
-    for page, pages in ((root / "README.md", "docs/papers"), (root / "docs/index.md", "papers")):
+    for page in (root / "README.md", root / "docs/index.md"):
         text = found.get(page) or page.read_text(encoding="utf-8")
-        found[page] = _fill(text, page, "papers", "papers", papers_table(papers, results, pages))
+        table = papers_table(papers, results, page.parent, root / "docs/papers")
+        found[page] = _fill(text, page, "papers", "papers", table)
     return found
 
 
@@ -305,6 +307,12 @@ def _fill(text: str, page: Path, name: str, end: str, content: str) -> str:
     if count != 1:
         raise InputError(f"{page}: <!-- {name} --> and <!-- /{end} --> must stand there once")
     return filled
+
+
+def _main_claims(about: dict[str, Any]) -> list[dict[str, str]]:
+    """The claims on the metric that is compared here; all of them where none is."""
+    claims = about.get("claim", [])
+    return [c for c in claims if c["metric"] == about["metric"]["label"]] or claims
 
 
 def _cell(result: Result) -> str:

@@ -15,13 +15,13 @@ from mkdocs.structure.files import File, Files
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
-FIRST = [{"Home": "index.md"}, "quickstart.md", "how-it-works.md"]
+FIRST = ["index.md", "quickstart.md", "how-it-works.md"]
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Set the navigation: guides, papers by package, API by package."""
     guides = sorted(path.name for path in DOCS.glob("*.md"))
-    pages: list[Any] = [*FIRST, *(page for page in guides if page not in str(FIRST))]
+    pages: list[Any] = [*FIRST, *(page for page in guides if page not in FIRST)]
     config.nav = [*pages, *_section("Papers", _papers()), *_section("API", _api())]
     return config
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,7 +16,12 @@ import yaml
 from cohobate.core import catalog, runs
 from cohobate.core.errors import InputError
 from cohobate.core.io import load_checkpoint
-from cohobate.core.testing import assert_same_run, assert_student_only
+from cohobate.core.testing import (
+    assert_one_line,
+    assert_same_run,
+    assert_student_only,
+    run_command,
+)
 from cohobate.core.training.logger import MetricsCsv
 
 
@@ -84,6 +90,28 @@ def test_killed_three_times_a_run_ends_the_same(
         assert not runs.RunFolder(out).finished
     fit(out)
     assert_same_run(out, trained)
+
+
+def _fit_on_a_full_disk(out: Path) -> None:
+    """A file-size limit stands in for the full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # a checkpoint has 28,000 bytes
+    outcome = run_command(
+        "fit", "toy/tiny", f"--out={out}", "--trainer.max_epochs=2",
+        "--trainer.enable_progress_bar=false",
+    )  # fmt: skip
+    assert_one_line(outcome, "ckpt: cannot be written: no space left")
+    raise SystemExit(outcome.code)
+
+
+def test_a_full_disk_is_one_line_and_the_run_can_go_on(fit, in_child, tmp_path: Path) -> None:
+    out = fit(tmp_path / "run", "--trainer.max_epochs=1")
+    before = {path.name: path.read_bytes() for path in out.glob("*.ckpt")}
+    assert in_child(_fit_on_a_full_disk, out) == 2
+    assert {path.name: path.read_bytes() for path in out.glob("*.ckpt")} == before
+    assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
+    fit(out, "--trainer.max_epochs=2")
+    assert runs.RunFolder(out).info["steps"] == 16
 
 
 def test_a_finished_run_is_left_alone_and_a_longer_one_goes_on(fit, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from cohobate.core.errors import InputError
 from cohobate.core.training.data import Draw
 from cohobate.medseg.data import Augment, Preprocess, SegmentationData, Split

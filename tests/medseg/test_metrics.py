@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from cohobate.medseg.metrics import Scores
 
 NAMES = ["background", "liver", "left kidney"]

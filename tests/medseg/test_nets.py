@@ -4,6 +4,7 @@ from typing import get_args
 
 import pytest
 import torch
+
 from cohobate.core.errors import InputError
 from cohobate.medseg.nets import Backbone, build
 

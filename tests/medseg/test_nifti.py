@@ -7,6 +7,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+
 from cohobate.core.errors import InputError
 from cohobate.medseg.data.nifti import (
     FOLDERS,

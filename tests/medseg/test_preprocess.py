@@ -4,6 +4,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+
 from cohobate.core.errors import InputError
 from cohobate.medseg.data.nifti import Volume
 from cohobate.medseg.data.preprocess import Preprocess, voxel_size

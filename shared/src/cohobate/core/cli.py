@@ -27,7 +27,6 @@ usage: {prog} COMMAND [RECIPE] [options]
   compare RECIPE           does distillation help on your data?
   predict RECIPE INPUT...  use a trained run on files
   export RECIPE            the student alone: safetensors, ONNX, Hugging Face Hub layout
-  cache RECIPE             teacher outputs once, to disk
 {extra}
 RECIPE is <domain>/<paper> or <domain>/<paper>/<recipe>, as `list` and `info` print them.
 Options of a command: {prog} COMMAND RECIPE --help
@@ -198,13 +197,6 @@ def _export(args: list[str], prog: str, domain: str | None) -> int:
     return 0
 
 
-def _cache(args: list[str], prog: str, domain: str | None) -> int:
-    recipe, rest = _take_recipe(args, prog, "cache", domain)
-    from cohobate.core import cache
-
-    return cache.main(recipe, rest, f"{prog} cache")
-
-
 COMMANDS: dict[str, Callable[[list[str], str, str | None], int]] = {
     "list": _list,
     "info": _info,
@@ -213,7 +205,6 @@ COMMANDS: dict[str, Callable[[list[str], str, str | None], int]] = {
     "compare": _compare,
     "predict": _predict,
     "export": _export,
-    "cache": _cache,
 }
 
 

@@ -144,6 +144,7 @@ def evaluate(problem: Problem, chunk: int, stage: RowStage = row_stage) -> Resul
     hidden = problem.spec.source == "hidden"
     z_t = torch.empty_like(z_s) if hidden else z_s
     dz = problem.x.new_empty(group, classes) if sixteen and wants else z_s
+    unit = _unit(problem)
     for start in range(0, n, group):
         stop = min(start + group, n)
         x = problem.take(problem.x, start, stop)
@@ -156,7 +157,7 @@ def evaluate(problem: Problem, chunk: int, stage: RowStage = row_stage) -> Resul
             losses = stage(
                 raw,
                 _teacher_rows(problem, i, j, z_t),
-                problem.take(problem.coef, i, j),
+                problem.take(problem.coef, i, j) / unit,
                 None if problem.labels is None else problem.take(problem.labels, i, j),
                 problem.spec,
                 out,
@@ -165,7 +166,15 @@ def evaluate(problem: Problem, chunk: int, stage: RowStage = row_stage) -> Resul
             problem.put(result.cross_entropy, i, j, losses[1])
         if wants:
             _add_gradients(problem, result, dz[: stop - start], x, start, stop)
-    return _finish(problem, result)
+    return _finish(problem, result, unit)
+
+
+def _unit(problem: Problem) -> Tensor | float:
+    """What the tokens' factors are measured in: float16 cannot hold the likes of 1/tokens²."""
+    if problem.x.dtype != torch.float16 or not problem.tokens:
+        return 1.0
+    largest = problem.coef.abs().amax()
+    return torch.where(largest == 0, 1, largest)
 
 
 def _teacher_rows(problem: Problem, i: int, j: int, buffer: Tensor) -> tuple[Tensor, ...]:
@@ -189,10 +198,13 @@ def _add_gradients(
         result.bias.add_(dz.sum(0, dtype=result.bias.dtype))
 
 
-def _finish(problem: Problem, result: Result) -> Result:
+def _finish(problem: Problem, result: Result, unit: Tensor | float) -> Result:
     """Bring the sums into the type in which gradients wait."""
     if problem.tokens == 0:
         result.w.zero_()
+    if isinstance(unit, Tensor):
+        for gradient in (result.x, result.w, result.bias):
+            gradient.mul_(unit)
     dtype = grad_dtype(problem.w.dtype)
     result.w, result.bias = result.w.to(dtype), result.bias.to(dtype)
     return result

@@ -40,6 +40,8 @@ def input_grad(dz: Tensor, w: Tensor) -> Tensor:
     """Gradient dz · w (n, H) with respect to the hidden states."""
     if low_precision(w.dtype) and w.is_cuda:
         return torch.mm(dz, w, out_dtype=torch.float32)
+    if not low_precision(w.dtype):
+        return dz @ w
     total = dz.new_zeros(dz.shape[0], w.shape[1])
     for classes, tile in _tiles(w):
         total.addmm_(dz[:, classes], tile)

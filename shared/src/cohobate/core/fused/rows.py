@@ -12,7 +12,7 @@ from torch import Tensor
 from cohobate.core.fused.spec import Spec
 from cohobate.core.losses.divergences import f_terms, project_, pull
 
-_CPU_BLOCK = 1 << 16  # logits; about eight float32 blocks of it are alive at a time
+_CPU_BLOCK = 1 << 17  # logits; about eight float32 blocks of it are alive at a time
 
 
 def row_stage(
@@ -43,68 +43,82 @@ def row_stage(
     for i in range(0, n, step):
         rows = slice(i, i + step)
         z, slope = spec.activate(raw[rows], 0)
-        grad = None
-        sides = tuple(t[rows] for t in teacher)
-        weight = coef[rows, None]
-        if spec.source == "topk":
-            values, grad = _topk(z, sides, spec, out is not None)
-        elif spec.source != "none":
-            values, grad = _dense(z, sides[0], spec, out is not None)
+        sides, weight = tuple(t[rows] for t in teacher), coef[rows, None]
+        softmax: Softmax | None = None
+        grad: Tensor | None = None
         if spec.source != "none":
+            s = z if spec.tau == 1 else z / spec.tau
+            if spec.source == "topk":
+                values, grad = _topk(s, sides, spec)
+            else:
+                softmax = _softmax(s)
+                values, grad = _dense(s, softmax, sides[0], spec)
             torch.mul(values, spec.factor, out=divergence[rows])
-        if grad is not None:
             grad.mul_(weight * (spec.factor / spec.tau))
         if labels is not None:
-            cross_entropy[rows], grad = _cross_entropy(z, labels[rows], weight, spec, grad)
-        if out is None or grad is None:
-            continue
-        if slope is not None:
-            grad.mul_(slope)
-        out[rows] = grad if spec.scales[0] == 1 else grad.mul_(spec.scales[0])
+            if softmax is None or spec.tau != 1:
+                softmax = _softmax(z)
+            column, share = labels[rows, None], weight * spec.ce_weight
+            cross_entropy[rows] = (softmax[1] - z.gather(1, column))[:, 0]
+            pulled = softmax[0].mul_(share).scatter_add_(1, column, -share)
+            grad = pulled if grad is None else grad.add_(pulled)
+        if out is not None and grad is not None:
+            if slope is not None:
+                grad.mul_(slope)
+            torch.mul(grad, spec.scales[0], out=out[rows])
     return divergence, cross_entropy
 
 
-def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
+Softmax = tuple[Tensor, Tensor]
+
+
+def _softmax(z: Tensor) -> Softmax:
     """Softmax over axis 1 and the logarithm of its normaliser (n, 1), by one exponential each."""
     q = z.softmax(1)
     return q, z.amax(1, keepdim=True) - q.amax(1, keepdim=True).log_()
 
 
-def _dense(z: Tensor, side: Tensor, spec: Spec, want: bool) -> tuple[Tensor, Tensor | None]:
-    """Divergence (n,) from a teacher with all classes, and ∂D/∂(z/τ)."""
-    b = z if spec.tau == 1 else z / spec.tau
-    q, lse_s = _softmax(b)
+def _dense(b: Tensor, softmax: Softmax, side: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
+    """Divergence (n,) from a teacher with all classes, and its gradient ∂D/∂b.
+
+    Args:
+        b: Student logits over τ (n, V).
+        softmax: Their softmax and log-normaliser.
+        side: The teacher's raw logits or probabilities (n, V).
+        spec: What to compute.
+    """
+    q, lse_s = softmax
     if spec.source == "probabilities":
-        p = side.to(z.dtype)
+        p = side.to(b.dtype)
         a = p.clamp_min(torch.finfo(p.dtype).tiny).log_()
         lse_t = torch.zeros_like(lse_s)
     else:
-        a, _ = spec.activate(side.to(z.dtype), 1)
+        a, _ = spec.activate(side.to(b.dtype), 1)
         a = a if spec.tau == 1 else a / spec.tau
         p, lse_t = _softmax(a)
     if spec.kind == "forward_kl":
-        values = torch.linalg.vecdot(p, a - b) - (lse_t - lse_s)[:, 0]
-        return values, q.sub_(p) if want else None
+        return torch.linalg.vecdot(p, a - b) - (lse_t - lse_s)[:, 0], q - p
     a, b = a - lse_t, b - lse_s
-    values = f_terms(spec.kind, p, q, a, b, spec.beta).sum(1)
-    return values, project_(pull(spec.kind, p, q, a, b, spec.beta), q) if want else None
+    if spec.kind == "jensen_shannon":  # its two parts share the logarithm of the mixture
+        log_m = (p * spec.beta).add_(q, alpha=1 - spec.beta)
+        log_m = log_m.clamp_min_(torch.finfo(p.dtype).tiny).log_()
+        pulled = b.sub_(log_m).mul_(q).mul_(1 - spec.beta)
+        values = torch.linalg.vecdot(p, a.sub_(log_m)).mul_(spec.beta).add_(pulled.sum(1))
+    else:
+        values = f_terms(spec.kind, p, q, a, b, spec.beta).sum(1)
+        pulled = pull(spec.kind, p, q, a, b, spec.beta)
+    return values, project_(pulled, q)
 
 
-def _topk(
-    z: Tensor, teacher: tuple[Tensor, ...], spec: Spec, want: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Divergence (n,) over the teacher's k classes and the bucket of all others, and ∂D/∂(z/τ).
+def _topk(s: Tensor, teacher: tuple[Tensor, ...], spec: Spec) -> tuple[Tensor, Tensor]:
+    """Divergence (n,) over the teacher's k classes and the bucket of all others, and ∂D/∂s.
 
     The gradient of the bucket is shared out by the softmax among its members.
     """
     ids, log_probs, log_tail = teacher
-    s = z if spec.tau == 1 else z / spec.tau
-    top = s.gather(1, ids)
     others = s.scatter(1, ids, -torch.inf)
     lse = others.logsumexp(1, keepdim=True)
-    values, buckets = bucket_terms(top, lse, log_probs, log_tail, spec)
-    if not want:
-        return values, None
+    values, buckets = bucket_terms(s.gather(1, ids), lse, log_probs, log_tail, spec)
     share = others.sub_(lse).exp_().nan_to_num_(0)  # nan when there is no other class at all
     return values, share.mul_(buckets[:, -1:]).scatter_(1, ids, buckets[:, :-1])
 
@@ -130,15 +144,3 @@ def bucket_terms(
     a, b = p.log(), q.log()
     values = f_terms(spec.kind, p, q, a, b, spec.beta).sum(1)
     return values, project_(pull(spec.kind, p, q, a, b, spec.beta), q)
-
-
-def _cross_entropy(
-    z: Tensor, labels: Tensor, weight: Tensor, spec: Spec, grad: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy (n,) at temperature 1; its weighted gradient is added to ``grad``."""
-    q, lse = _softmax(z)
-    column = labels[:, None]
-    values = (lse - z.gather(1, column))[:, 0]
-    weight = weight * spec.ce_weight
-    q.mul_(weight).scatter_add_(1, column, -weight)
-    return values, q if grad is None else grad.add_(q)

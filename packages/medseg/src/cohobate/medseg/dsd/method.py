@@ -191,7 +191,8 @@ class DSD(DistillModule):
     @torch.no_grad()
     def _log_entropy(self, teacher: Tensor) -> None:
         """Entropy of E_Z's prediction in nats: nothing but the KL may hold it, so it is watched."""
-        if self._trainer is None or self.global_step % self.trainer.log_every_n_steps:
+        trainer: Any = self._trainer
+        if trainer is None or self.global_step % trainer.log_every_n_steps:
             return
         log_p = teacher.float().log_softmax(1)
         self.log("train/encoder_entropy", -(log_p.exp() * log_p).sum(1).mean(), sync_dist=True)
