@@ -218,7 +218,10 @@ class _AudioTransformer(AudioExtractor):
             import soxr
 
             sounds = soxr.resample(sounds.T, SAMPLE_RATE, rate).T
-        found = self.prepare(list(sounds), sampling_rate=rate, return_tensors="pt")
+        # CLAP without fusion takes one channel, but its feature extractor makes four by default
+        single = getattr(self.network.config, "enable_fusion", None) is False
+        options = {"truncation": "rand_trunc"} if single else {}
+        found = self.prepare(list(sounds), sampling_rate=rate, return_tensors="pt", **options)
         device = next(self.network.parameters()).device
         output = self.network(**{key: value.to(device) for key, value in found.items()})
         pooled = getattr(output, "pooler_output", None)
