@@ -117,7 +117,7 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session, package: str) -> None:
     """Check types: strict in the core."""
     install(session, package, extra=tuple(group(ROOT, "types")))
-    session.run("mypy", str(folder(package) / "src"))
+    session.run("mypy", "-p", f"cohobate.{package}")
 
 
 @nox.session(default=False)

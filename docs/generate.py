@@ -7,8 +7,8 @@ not what the sources give. The sources are every paper's ``paper.yaml`` and ``do
 come
 
 - the table of papers between ``<!-- papers -->`` and ``<!-- /papers -->``,
-- the results between ``<!-- results:<domain>-<slug> -->`` (or ``<!-- results:bench-<name> -->``)
-  and ``<!-- /results -->``,
+- the results between ``<!-- results:NAME -->`` and ``<!-- /results -->``: NAME is the name of a
+  JSON, and ``<domain>-<slug>`` stands for all of the paper's that have no block of their own,
 - a picture beside each comparison's JSON,
 - ``measured.json`` beside ``paper.yaml``, which ``cohobate info`` shows.
 
@@ -22,9 +22,8 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +53,14 @@ class Result:
         return "/".join(self.content["recipe"].split("/")[:2])
 
     @property
+    def prefix(self) -> str:
+        """What the names of the paper's files start with."""
+        return self.paper.replace("/", "-")
+
+    @property
     def variant(self) -> str:
         """What the file's name adds to the paper's; empty for the main result."""
-        return self.path.stem.removeprefix(self.paper.replace("/", "-")).strip("-")
+        return self.path.stem.removeprefix(self.prefix).strip("-")
 
     @property
     def digest(self) -> str:
@@ -83,9 +87,10 @@ class Result:
         base = next(iter(arms.values()))["metrics"][metric["name"]]
         own = arms[RECIPE_ARM]["metrics"][metric["name"]]
         low, high = own["interval"]
+        arrow = "↑" if metric["direction"] == "higher" else "↓"
         return (
-            f"{metric['label']} ({metric['direction']} is better): {base['mean']:.4g} → "
-            f"{own['mean']:.4g}, difference {own['difference']:+.3g} "
+            f"{metric['label']} {arrow} {base['mean']:.4g} → {own['mean']:.4g}, "
+            f"difference {own['difference']:+.3g} "
             f"(95 % interval {low:+.3g} to {high:+.3g}): {own['verdict']}"
         )
 
@@ -120,8 +125,8 @@ def read_results(root: Path, papers: dict[str, Paper]) -> list[Result]:
             raise InputError(f"{path}: not written by `cohobate compare --json`")
         if result.paper not in papers:
             raise InputError(f"{path}: there is no paper {result.paper}")
-        if not f"{path.stem}-".startswith(result.paper.replace("/", "-") + "-"):
-            raise InputError(f"{path}: the name must start with {result.paper.replace('/', '-')}")
+        if not f"{path.stem}-".startswith(f"{result.prefix}-"):
+            raise InputError(f"{path}: the name must start with {result.prefix}")
         found.append(result)
     return found
 
@@ -149,23 +154,23 @@ def papers_table(papers: dict[str, Paper], results: list[Result], folder: Path, 
             f"`cohobate-{paper.domain}`",
             about.get("summary", ""),
             "<br>".join(claims) or "–",
-            "<br>".join(map(_cell, own)) or "not measured yet",
-            "<br>".join(_with_variant(r, r.cost) for r in own) or "not measured yet",
+            "<br><br>".join(map(_cell, own)) or "not measured yet",
+            "<br><br>".join(_with_variant(r, r.cost) for r in own) or "not measured yet",
         ]
         lines.append("| " + " | ".join(_escape(cell) for cell in cells) + " |")
     return "\n".join(lines) if papers else "No paper is here yet."
 
 
-def results_block(own: list[Result]) -> str:
-    """All results of one paper: tables, pictures, and how each was made."""
+def results_block(shown: Iterable[Result]) -> str:
+    """Results with tables, pictures, and how each was made."""
     parts = []
-    for result in own:
-        title = f"`{result.content['recipe']}`"
+    for result in shown:
+        title = result.variant or "Default recipe"
         picture = result.path.with_suffix(".png").name
         parts += [
-            f"### {title}, {result.variant}" if result.variant else f"### {title}",
+            f"### {title}",
             markdown(result.content),
-            f"![Every seed of {title}: baseline and distilled](../results/{picture})",
+            f"![Every seed of every arm, {title}](../results/{picture})",
             f"`{result.command}` ({_made_with(result.content)}; "
             f"[JSON](../results/{result.path.name}))",
         ]
@@ -209,19 +214,16 @@ def texts(root: Path) -> dict[Path, str | None]:
     """
     papers = read_papers(root)
     results = read_results(root, papers)
-    by_paper = {name: [r for r in results if r.paper == name] for name in papers}
-    blocks: dict[str, Callable[[], str]] = {
-        name.replace("/", "-"): partial(results_block, own) for name, own in by_paper.items()
-    }
     found: dict[Path, str | None] = {}
     for page in [*sorted(root.glob("docs/*.md")), *sorted(root.glob("docs/papers/*.md"))]:
-        found[page] = _fill_results(page, root, blocks)
+        found[page] = _fill_results(page, root, papers, results)
     for name, paper in papers.items():
         page = root / "docs/papers" / f"{paper.slug}.md"
         marker = f"<!-- results:{name.replace('/', '-')} -->"
         if page in found and marker not in (found[page] or ""):
             raise InputError(f"{page}: the page of {name} needs a line {marker}")
-        found[paper.folder / "measured.json"] = measured(by_paper[name])
+        own = [result for result in results if result.paper == name]
+        found[paper.folder / "measured.json"] = measured(own)
     for page in (root / "README.md", root / "docs/index.md"):
         text = found.get(page) or page.read_text(encoding="utf-8")
         table = papers_table(papers, results, page.parent, root / "docs/papers")
@@ -285,16 +287,22 @@ def _draw(result: Result, path: Path) -> None:
         picture.save(path, pnginfo=source, optimize=True)
 
 
-def _fill_results(page: Path, root: Path, blocks: dict[str, Callable[[], str]]) -> str:
+def _fill_results(page: Path, root: Path, papers: dict[str, Paper], results: list[Result]) -> str:
     """A page with its blocks of results."""
     text = page.read_text(encoding="utf-8")
-    for name in re.findall(r"^<!-- results:(\S+) -->$", text, re.MULTILINE):
+    names = re.findall(r"^<!-- results:(\S+) -->$", text, re.MULTILINE)
+    known = {paper.replace("/", "-") for paper in papers} | {r.path.stem for r in results}
+    for name in names:
         if name.startswith("bench-"):
             content = bench_block(root / "docs/results" / f"{name}.json")
-        elif name in blocks:
-            content = blocks[name]()
+        elif name in known:
+            content = results_block(
+                r
+                for r in results
+                if r.path.stem == name or (r.prefix == name and r.path.stem not in names)
+            )
         else:
-            raise InputError(f"{page}: there is no paper {name}")
+            raise InputError(f"{page}: there is no paper or result {name}")
         text = _fill(text, page, f"results:{name}", "results", content)
     return text
 

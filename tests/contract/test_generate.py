@@ -124,7 +124,7 @@ def test_the_readme_row(house: House) -> None:
     assert "makes \\| things better" in row
     assert "Dice +9 points (somewhere)" in row
     assert "speed" not in row, "only claims on the compared metric"
-    assert "0.6 → 0.7067, difference +0.107 (95 % interval +0.0923 to +0.121)" in row
+    assert "Dice ↑ 0.6 → 0.7067, difference +0.107 (95 % interval +0.0923 to +0.121)" in row
     assert "3 seeds, SYNTHETIC data: **better**" in row
     assert "step time × 1.5, peak memory × 1, 1,234 more parameters" in row
     assert "(papers/my-paper.md)" in house.read("docs/index.md")
@@ -157,7 +157,7 @@ def test_a_page_shows_every_variant_with_its_command_and_versions(house: House) 
     assert page.endswith("\n\nAfter.\n")
     assert "`cohobate compare dom/my-paper --seeds 3` (torch 2.99, two cores" in page
     assert "`cohobate compare dom/my-paper --seeds 3 --first-seed 3` (torch 2.99" in page
-    assert "### `dom/my-paper/real`, real" in page
+    assert "### real\n\n`dom/my-paper/real`, 3 paired seeds (3–5)" in page
     assert "(../results/dom-my-paper-real.png)" in page
     assert (house.root / "docs/results/dom-my-paper-real.png").exists()
     assert "<br>real: Dice" in house.read("README.md")
@@ -165,6 +165,19 @@ def test_a_page_shows_every_variant_with_its_command_and_versions(house: House) 
         house.measured[0]
         == "dom/my-paper, 3 paired seeds, 600 steps a run; data: SYNTHETIC volumes"
     )
+
+
+def test_a_variant_with_a_block_of_its_own_is_shown_there_alone(house: House) -> None:
+    house.add("dom-my-paper", GOOD)
+    house.add("dom-my-paper-real", {**GOOD, "data": "real volumes"})
+    page = house.root / "docs/papers/my-paper.md"
+    page.write_text(f"{PAGE}\n<!-- results:dom-my-paper-real -->\n<!-- /results -->\n")
+    assert house.run() == 0
+    before, after = page.read_text().split("After.")
+    assert "SYNTHETIC volumes" in before
+    assert "real volumes" not in before
+    assert "real volumes" in after
+    assert "SYNTHETIC volumes" not in after
 
 
 def test_writing_twice_changes_nothing(house: House, capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,7 +247,7 @@ def test_a_benchmark_becomes_a_table(house: House) -> None:
         (lambda h: h.add("dom-my-paper", {"seeds": []}), "not written by `cohobate compare"),
         (edit("README.md", "<!-- /papers -->", ""), "<!-- papers --> and <!-- /papers -->"),
         (edit("docs/papers/my-paper.md", "<!-- results:dom-my-paper", "<!-- "), "needs a line"),
-        (edit("docs/papers/my-paper.md", "results:dom", "results:mod"), "there is no paper mod-"),
+        (edit("docs/papers/my-paper.md", "results:dom", "results:mod"), "no paper or result mod-"),
         (edit("docs/papers/my-paper.md", "<!-- /results -->", ""), "must stand there once"),
     ],
 )

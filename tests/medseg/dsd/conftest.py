@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from cohobate.core.testing import golden
 
 NAMES = ["main", "dec4", "dec3", "dec2", "dec1", "enc1", "enc2", "enc3", "enc4"]

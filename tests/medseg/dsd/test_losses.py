@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from cohobate.core.errors import InputError
-from cohobate.medseg.dsd.losses import dice_ce, distillation, prepare
 from monai.losses import DiceCELoss
 from torch.nn import functional as F
+
+from cohobate.core.errors import InputError
+from cohobate.medseg.dsd.losses import dice_ce, distillation, prepare
 
 CASES = ["loss_a", "loss_b", "loss_c_T1_nobg"]
 

@@ -124,7 +124,7 @@ def papers(domain: str | None = None) -> dict[str, Paper]:
     """
     import cohobate  # the namespace: its path lists the source tree of every installed package
 
-    found = {}
+    found: dict[str, Paper] = {}
     for root in map(Path, cohobate.__path__):
         for path in root.glob("*/*/paper.yaml"):
             paper = Paper(path.parts[-3], path.parts[-2].replace("_", "-"), path.parent)

@@ -71,8 +71,9 @@ def interval(values: Sequence[float]) -> Interval:
         values: One per seed.
 
     Example:
-        >>> interval([1.0, 2.0, 3.0])
-        Interval(mean=2.0, sd=1.0, low=-0.48413771175032957, high=4.48413771175033)
+        >>> found = interval([1.0, 2.0, 3.0])
+        >>> found.mean, found.sd, round(found.low, 4), round(found.high, 4)
+        (2.0, 1.0, -0.4841, 4.4841)
     """
     mean = statistics.fmean(values)
     if len(values) < 2:

@@ -40,8 +40,9 @@ class Scores:
             label: Class ids ``(X, Y, Z)``.
             spacing: Voxel size in mm.
         """
-        both = [_one_hot(ids, len(self.class_names)) for ids in (prediction, label)]
-        self._keep("dice", compute_dice(*both, include_background=False))
+        found = _one_hot(prediction, len(self.class_names))
+        truth = _one_hot(label, len(self.class_names))
+        self._keep("dice", compute_dice(found, truth, include_background=False))
         if not self.distances:
             return
         size = [1.0] * 3 if self.in_voxels else list(spacing)
@@ -49,8 +50,8 @@ class Scores:
             # MONAI warns of classes that are absent, which are counted here, and of itself
             warnings.filterwarnings("ignore", message=".*is all 0.*")
             warnings.filterwarnings("ignore", category=FutureWarning, module="monai")
-            hd = compute_hausdorff_distance(*both, percentile=95, spacing=size)
-            surface = compute_average_surface_distance(*both, spacing=size)
+            hd = compute_hausdorff_distance(found, truth, percentile=95, spacing=size)
+            surface = compute_average_surface_distance(found, truth, spacing=size)
         self._keep("hd95", hd)
         self._keep("msd", surface)
 
@@ -77,7 +78,7 @@ class Scores:
         return out
 
     def _keep(self, metric: str, values: Tensor) -> None:
-        self._found.setdefault(metric, []).append(values.double().cpu())
+        self._found.setdefault(metric, []).append(values.cpu().double())
 
 
 def _one_hot(ids: Tensor, classes: int) -> Tensor:

@@ -60,7 +60,7 @@ def build(
     Example:
         >>> net = build("dynunet", 1, 4, (32, 32, 32), {"filters": [8, 16, 32]})
         >>> sum(p.numel() for p in net.parameters())
-        80868
+        85508
     """
     if name not in _CLASSES:
         raise InputError(f"backbone '{name}': known are {', '.join(get_args(Backbone))}")

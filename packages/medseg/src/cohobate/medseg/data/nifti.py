@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
@@ -237,7 +237,7 @@ def _named(folder: Path) -> dict[str, Path]:
     return named
 
 
-def _load(path: Path) -> nib.Nifti1Image:
+def _load(path: Path) -> Any:
     if not path.name.endswith(SUFFIXES):
         raise InputError(f"{path}: not a NIfTI file (.nii or .nii.gz)")
     if not path.is_file():
@@ -267,8 +267,11 @@ def _channel_first(shape: tuple[int, ...], path: Path) -> tuple[int, int, int, i
     if len(shape) not in (3, 4) or 0 in shape:
         raise InputError(f"{path}: expected a 3-D or 4-D image, found shape {shape}")
     if len(shape) == 3:
-        return (1, *shape)
-    return shape if shape[0] < shape[3] else (shape[3], *shape[:3])
+        shape = (1, *shape)
+    elif shape[0] >= shape[3]:
+        shape = (shape[3], *shape[:3])
+    c, x, y, z = shape
+    return c, x, y, z
 
 
 def _reason(error: Exception) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -62,14 +62,15 @@ class Preprocess:
         Returns:
             ``(C, X, Y, Z)`` float32 with its affine.
         """
-        out = self._grid(volume, "bilinear")
+        out: Any = self._grid(volume, "bilinear")  # MONAI's types are wider than what it returns
         if self.clip is not None:
             out = ScaleIntensityRange(*self.clip, 0.0, 1.0, clip=True)(out)
         if self.intensity == "zscore":
             out = NormalizeIntensity(nonzero=True, channel_wise=True)(out)
         elif self.intensity == "minmax":
             out = ScaleIntensity(0.0, 1.0)(out)
-        return out
+        result: MetaTensor = out
+        return result
 
     def label(self, volume: Volume) -> MetaTensor:
         """Resample (nearest neighbour) and orient a label.
@@ -80,7 +81,9 @@ class Preprocess:
         Returns:
             ``(1, X, Y, Z)`` uint8 with its affine.
         """
-        return self._grid(volume, "nearest").to(torch.uint8)
+        ids: Any = self._grid(volume, "nearest").to(torch.uint8)
+        result: MetaTensor = ids
+        return result
 
     def restore(self, scores: Tensor, processed: MetaTensor, volume: Volume) -> np.ndarray:
         """Bring class scores back to the grid of the file.
@@ -101,7 +104,7 @@ class Preprocess:
         return out.argmax(0).numpy().astype(np.uint8)
 
     def _grid(self, volume: Volume, mode: str) -> MetaTensor:
-        out = MetaTensor(
+        out: Any = MetaTensor(
             torch.as_tensor(volume.array, dtype=torch.float32),
             affine=torch.as_tensor(volume.affine),
         )
@@ -109,7 +112,8 @@ class Preprocess:
             out = Spacing(self.spacing, mode=mode, padding_mode="border")(out)
         if self.orientation is not None:
             out = Orientation(self.orientation, labels=None)(out)
-        return out
+        result: MetaTensor = out
+        return result
 
 
 def voxel_size(affine: np.ndarray) -> tuple[float, ...]:

@@ -186,7 +186,7 @@ class Patches(Dataset[Batch]):
         self.volumes = volumes
         self._pad = SpatialPadd(["image", "label"], roi_size, mode=augment.pad)
         self._random = augment.transform(roi_size)
-        self._ready: dict[int, dict[str, Tensor]] = {}
+        self._ready: dict[int, Any] = {}
 
     def __len__(self) -> int:
         return len(self.volumes)
@@ -196,21 +196,22 @@ class Patches(Dataset[Batch]):
         volume = self._volume(int(draw))
         with _plain_tensors():
             self._random.set_random_state(seed=getattr(draw, "seed", 0) % 2**32)
-            patches: list[dict[str, Tensor]] = self._random(volume)
+            patches: Any = self._random(volume)
         return {
             "image": torch.stack([patch["image"] for patch in patches]),
             "label": torch.stack([patch["label"] for patch in patches]),
         }
 
-    def _volume(self, index: int) -> dict[str, Tensor]:
+    def _volume(self, index: int) -> Any:
         """A padded volume with the places where a patch may be centred."""
         if index in self._ready:
             return self._ready[index]
         sample = self.volumes[index]
         with _plain_tensors():
-            padded = self._pad({"image": sample["image"], "label": sample["label"]})
-        foreground, background = map_binary_to_indices(padded["label"], padded["image"])
-        volume = {**padded, "foreground": foreground.int(), "background": background.int()}
+            volume: Any = self._pad({"image": sample["image"], "label": sample["label"]})
+        centres = map_binary_to_indices(volume["label"], volume["image"])
+        for name, indices in zip(("foreground", "background"), centres, strict=True):
+            volume[name] = torch.as_tensor(indices, dtype=torch.int32)
         if self.volumes._cache is not None:
             self._ready[index] = volume
         return volume

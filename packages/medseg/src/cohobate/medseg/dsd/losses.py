@@ -23,11 +23,11 @@ class Target(NamedTuple):
     """A label as `dice_ce` takes it, prepared once for all outputs.
 
     Attributes:
-        index: Class of each voxel, ``(B, S₁, V/S₁)`` int64.
+        label: Class of each voxel, ``(B, S₁, V/S₁)`` int64.
         volume: Number of voxels of each class, ``(B, K)``.
     """
 
-    index: Tensor
+    label: Tensor
     volume: Tensor
 
 
@@ -102,7 +102,7 @@ def dice_ce(logits: Tensor, target: Target) -> Tensor:
         >>> print(f"{dice_ce(z, prepare(y, z)):.4f}")
         0.4153
     """
-    loss: Tensor = _DiceCE.apply(logits, target.index, target.volume)
+    loss: Tensor = _DiceCE.apply(logits, target.label, target.volume)
     return loss
 
 
@@ -148,7 +148,7 @@ def distillation(
 ) -> Tensor:
     """KL divergence from one teacher output to each student output of the same network.
 
-    ``KLpix(s ← t) = T² · mean over samples and voxels of Σ_c p_c(t) [log p_c(t) - log p_c(s)]`` with
+    ``KLpix(s ← t) = T² · mean over samples and voxels of Σ_c p_c(t) [log p_c(t) - log p_c(s)]``,
     ``p(z) = softmax(z / T)``. The gradient reaches the teacher too, as in the official code, unless
     it is detached.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -20,6 +21,8 @@ from cohobate.medseg.dsd.network import Outputs, SelfDistilled, Share, Upsample
 from cohobate.medseg.metrics import Scores
 from cohobate.medseg.plots import overlay
 from cohobate.medseg.predict import Segmenter
+
+log = logging.getLogger("cohobate")
 
 Side = Literal["both", "decoder", "encoder", "none"]
 
@@ -47,7 +50,7 @@ class DSD(DistillModule):
         in_channels: Channels of the image; from the data.
         class_names: Names of the classes; from the data.
         roi_size: Size of a patch and of the sliding window; from the data.
-        preprocess: Preprocessing, kept for prediction; from the data.
+        preprocess: Preprocessing, kept for prediction; from the data. ``None`` is the default one.
         backbone: A MONAI network by name, or any module ``(B, C, *S) → (B, K, *S)`` by class_path.
         backbone_args: Arguments of a network given by name, see `cohobate.medseg.nets.build`.
         encoder: Module paths of E₁ … E_Z, for a class without preset.
@@ -87,7 +90,7 @@ class DSD(DistillModule):
         in_channels: int,
         class_names: list[str],
         roi_size: tuple[int, ...],
-        preprocess: Preprocess,
+        preprocess: Preprocess | None,
         backbone: nets.Backbone | nn.Module = "dynunet",
         backbone_args: dict[str, Any] | None = None,
         encoder: list[str] | None = None,
@@ -134,7 +137,13 @@ class DSD(DistillModule):
                 students = sum(name.startswith(side[:3]) for name in stages) - 1
                 self.student_weights[side] = nn.Parameter(torch.ones(students))
         self.segmenter = Segmenter(
-            self.student, preprocess, in_channels, class_names, roi_size, overlap, windows
+            self.student,
+            preprocess or Preprocess(),
+            in_channels,
+            class_names,
+            roi_size,
+            overlap,
+            windows,
         )
         self.voxel_distances = voxel_distances
         self._scores = Scores(class_names)
@@ -191,7 +200,8 @@ class DSD(DistillModule):
     @torch.no_grad()
     def _log_entropy(self, teacher: Tensor) -> None:
         """Entropy of E_Z's prediction in nats: nothing but the KL may hold it, so it is watched."""
-        if self._trainer is None or self.global_step % self.trainer.log_every_n_steps:
+        trainer: Any = self._trainer
+        if trainer is None or self.global_step % trainer.log_every_n_steps:
             return
         log_p = teacher.float().log_softmax(1)
         self.log("train/encoder_entropy", -(log_p.exp() * log_p).sum(1).mean(), sync_dist=True)
@@ -209,9 +219,9 @@ class DSD(DistillModule):
 
     @rank_zero_only
     def on_fit_start(self) -> None:
-        """Print the stages that were found."""
+        """Show the stages that were found."""
         if self.model.stages:
-            print(self.model.table())
+            log.info(self.model.table())
 
     # --- evaluation, the heads off ------------------------------------------------------------
 

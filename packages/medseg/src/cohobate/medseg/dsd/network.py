@@ -197,7 +197,7 @@ class SelfDistilled(nn.Module):
         if (encoder is None and encoder_heads) or (decoder is None and decoder_heads):
             preset = stage_paths(network)
             encoder, decoder = encoder or preset[0], decoder or preset[1]
-        sides = {"enc": encoder_heads and encoder or [], "dec": decoder_heads and decoder or []}
+        sides = {"enc": (encoder_heads and encoder) or [], "dec": (decoder_heads and decoder) or []}
         named = {
             f"{side}{i}": path for side, paths in sides.items() for i, path in enumerate(paths, 1)
         }
