@@ -205,7 +205,9 @@ def test_killed_twenty_times_it_ends_with_the_same_files(tmp_path):
         check=False,
     )
     assert child.returncode == 0, child.stderr
-    assert int(child.stdout) >= 3  # attempts that did not live to the end
+    ended, done = map(int, child.stdout.split())
+    assert ended >= 15  # attempts that did not live to the end
+    assert done >= 1  # they got somewhere
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
     TeacherCache(tmp_path / "killed").verify(progress=False)
 

@@ -23,7 +23,8 @@ def cut(request, monkeypatch):
         monkeypatch.setattr(rows, "_CPU_BLOCK", 1)  # one row at a time
         monkeypatch.setattr(api, "CPU_BUDGET", 2 * 11 * 8)
     elif request.param == "tiles":
-        monkeypatch.setattr(api, "CPU_BUDGET", 7 * 4 * 8 * 4)  # seven tokens, four classes
+        monkeypatch.setattr(rows, "_CPU_BLOCK", 3 * 4)  # three rows at a time
+        monkeypatch.setattr(api, "CPU_BUDGET", 7 * 4 * 8)  # seven tokens, four classes
     return request.param
 
 

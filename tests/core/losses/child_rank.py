@@ -20,14 +20,15 @@ def main(rank: int, folder: str) -> None:
     weight_y.requires_grad_()
     mine = slice(0, 3) if rank == 0 else slice(3, len(x))
     items = global_items(keep[mine])
-    s, t = x[mine] @ weight_x, y[mine] @ weight_y
+    counted = {"weight": keep[mine], "num_items": items}
     found = []
     for loss in (
-        forward_kl(s, t, weight=keep[mine], num_items=items),
-        info_nce(s, t, gather=True, weight=keep[mine], num_items=items),
-        info_nce(s, t, t.roll(1, 0), gather=True, weight=keep[mine], num_items=items),
+        lambda s, t: forward_kl(s, t, **counted),
+        lambda s, t: info_nce(s, t, gather=True, **counted),
+        lambda s, t: info_nce(s, t, t.roll(1, 0), gather=True, **counted),
     ):
-        gradients = torch.autograd.grad(loss, [weight_x, weight_y])
+        value = loss(x[mine] @ weight_x, y[mine] @ weight_y)
+        gradients = torch.autograd.grad(value, [weight_x, weight_y])
         for gradient in gradients:
             dist.all_reduce(gradient)
         found.append([gradient / 2 for gradient in gradients])

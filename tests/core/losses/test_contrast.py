@@ -22,7 +22,7 @@ def vectors(seed, *shape, dtype=torch.float64):
 def loop(query, positive, negatives, temperature, normalize, weight):
     """One query at a time, in Python floats."""
     unit = (lambda v: v / v.norm()) if normalize else (lambda v: v)
-    query, positive = query.double(), positive.double()
+    query, positive = query.detach().double(), positive.detach().double()
     total, count = 0.0, 0
     for i in range(len(query)):
         w = 1.0 if weight is None else float(weight[i])

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cohobate.core.errors import InputError
-from cohobate.core.fused.api import linear_divergence
+from cohobate.core.fused import api as fused  # the module: it imports this package's divergences
 from cohobate.core.losses.reduce import compute_dtype, expand_weight, reduce_items
 from cohobate.core.losses.regions import segment_mean
 
@@ -82,7 +82,7 @@ def info_nce(
         else:
             s, keys = _shared_keys(s, t, negatives.to(dtype), normalize, gather)
             labels = torch.full_like(s[:, 0], len(keys) - 1, dtype=torch.long)
-        loss = linear_divergence(
+        loss = fused.linear_divergence(
             s, keys, labels=labels, scale=1 / temperature, weight=weight, num_items=num_items
         )
     return loss.to(student.dtype)
