@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from cohobate.core.cache import CachedTeacher, TeacherCache, WithAnswers
+from cohobate.core.cache import TeacherCache, WithAnswers
 from cohobate.core.errors import InputError
 from cohobate.core.fused import TopK
+from cohobate.core.teachers import CachedTeacher
 from cohobate.core.training.data import Draw, EpochSampler
 
 CLASSES = 32

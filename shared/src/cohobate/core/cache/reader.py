@@ -17,7 +17,6 @@ from cohobate.core.cache.shards import Shard, shard_path
 from cohobate.core.cache.spec import CacheSpec, keys_of, name_of
 from cohobate.core.errors import InputError
 from cohobate.core.fused import TopK
-from cohobate.core.teachers import Teacher
 
 META = "cache.json"
 
@@ -219,33 +218,3 @@ class WithAnswers(Dataset[Any]):
                 answer = answers[place]
             found.append({**self.dataset[index], self.field: answer})
         return found
-
-
-class CachedTeacher(Teacher):
-    """A teacher that answers from a cache: ask it with the names of the batch's samples.
-
-    Args:
-        cache: The answers; open it with the hash, transform and class count it must have.
-    """
-
-    def __init__(self, cache: TeacherCache) -> None:
-        super().__init__()
-        self.cache = cache
-        self._place: Tensor
-        self.register_buffer("_place", torch.empty(0), persistent=False)  # follows .to(device)
-
-    def answer(self, samples: Sequence[str], augmentations: Sequence[str] | None = None) -> Answer:
-        """Logits (B, ...) or `TopK`, on the device the teacher was moved to.
-
-        Args:
-            samples: Sample ids.
-            augmentations: Key of each sample's augmentation; ``None`` for none.
-
-        Raises:
-            InputError: A sample is not in the cache.
-        """
-        answer = self.cache.read(samples, augmentations)
-        device = self._place.device
-        if isinstance(answer, TopK):
-            return TopK(*(tensor.to(device, non_blocking=True) for tensor in answer))
-        return answer.to(device, non_blocking=True)

@@ -31,7 +31,8 @@ class KeyedDataset(Protocol):
 
     ``sample_key(index)`` gives the sample's id and the key of its augmentation, a text from which
     the augmentation follows (crop corner, flips, or the seed of the draw); empty when there is no
-    random augmentation.
+    random augmentation. For ``cohobate cache`` it also has a ``transform_key``: a text that tells
+    what is done to every sample, such as spacing and normalisation.
     """
 
     def __len__(self) -> int:
