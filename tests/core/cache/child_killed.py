@@ -17,17 +17,18 @@ import torch
 
 from cohobate.core.cache import write_cache
 
-SIZE, CLASSES = 1000, 2000
-
 
 class Numbers:
     """Samples that are their own index."""
 
+    def __init__(self, size: int) -> None:
+        self.size = size
+
     def __len__(self) -> int:
-        return SIZE
+        return self.size
 
     def __getitem__(self, index: int) -> int:
-        if index >= SIZE:
+        if index >= self.size:
             raise IndexError(index)
         return int(index)
 
@@ -35,22 +36,20 @@ class Numbers:
         return str(int(index)), ""
 
 
-def ask(batch: torch.Tensor) -> torch.Tensor:
-    return torch.sin(batch[:, None] * torch.linspace(1, 3, CLASSES)) * 5
-
-
-def write(folder: Path) -> None:
+def write(folder: Path, size: int, classes: int, top_k: int) -> None:
+    waves = torch.linspace(1, 3, classes)
     write_cache(
-        folder, dataset=Numbers(), ask=ask, teacher="t", transform="", top_k=16, shard_samples=20,
-        batch_size=4, progress=False,
+        folder, dataset=Numbers(size), ask=lambda batch: torch.sin(batch[:, None] * waves) * 5,
+        teacher="t", transform="", top_k=top_k, shard_samples=max(1, size // 50), batch_size=32,
+        progress=False,
     )  # fmt: skip
 
 
-def main(folder: Path, kills: int) -> None:
+def main(folder: Path, kills: int, *problem: int) -> None:
     torch.set_num_threads(1)
-    write(folder / "warm")  # what is imported and allocated once is no part of the measure
+    write(folder / "warm", 64, *problem[1:])  # what is loaded once is no part of the measure
     began = time.process_time()
-    write(folder / "whole")
+    write(folder / "whole", *problem)
     needed = time.process_time() - began
     moments = random.Random(0)
     ended = 0
@@ -61,14 +60,14 @@ def main(folder: Path, kills: int) -> None:
             # the default action of this alarm, on processor time, is to end the process on the spot
             signal.signal(signal.SIGPROF, signal.SIG_DFL)
             signal.setitimer(signal.ITIMER_PROF, moment)
-            write(folder / "killed")
+            write(folder / "killed", *problem)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         ended += os.WIFSIGNALED(status)
     done = len(list((folder / "killed").glob("[0-9]*.safetensors")))
-    write(folder / "killed")
+    write(folder / "killed", *problem)
     print(ended, done)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), *(int(word) for word in sys.argv[2:]))

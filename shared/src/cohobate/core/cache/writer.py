@@ -24,6 +24,7 @@ from cohobate.core.io import save_atomic
 from cohobate.core.training.data import Draw
 
 _SHARD_BYTES = 64 << 20
+_SHARD_SAMPLES = 4096  # what a killed writer loses at most
 
 
 class KeyedDataset(Protocol):
@@ -87,7 +88,7 @@ def write_cache(
         batch_size: Samples in a batch.
         num_workers: Processes that load samples.
         collate: From samples to a batch.
-        shard_samples: Samples in a shard; default about 64 MiB.
+        shard_samples: Samples in a shard; default 4096, or fewer that make 64 MiB.
         part: Which share of the shards this process writes.
         parts: Number of processes.
         progress: Show a progress bar.
@@ -124,7 +125,8 @@ def write_cache(
         temperature=temperature,
     )
     record = spec.encode(first[:1])[0].shape[1]
-    samples = _settle(out, spec, list(plan), shard_samples or max(1, _SHARD_BYTES // record))
+    default = max(1, min(_SHARD_SAMPLES, _SHARD_BYTES // record))
+    samples = _settle(out, spec, list(plan), shard_samples or default)
     _write_shards(out, questions, spec, samples, (part, parts), batch_size, progress)
     count = -(-len(plan) // samples)
     complete = all(shard_path(out, n).exists() for n in range(count))
