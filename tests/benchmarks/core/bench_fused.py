@@ -7,6 +7,7 @@ implementation can do without, and time is given as a multiple of theirs. Second
 process got, so that other work on the machine counts little; the best of the repetitions is taken.
 Memory is the high-water mark during one call and its backward pass, beyond the operands.
 Liger-Kernel and TRL are measured where they are installed; without a GPU only the CPU's rows are.
+What does not run says why in its row. ``--only PATTERN`` measures some variants anew.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -35,7 +37,10 @@ SIZES = {  # tokens, width, classes, type
     "cuda": [(8192, 4096, 128256, "bfloat16"), (1024, 4096, 128256, "bfloat16")],
 }
 CHUNK = {"cpu": 256, "cuda": 512}  # tokens, for the matrix products alone
+SIZE = "tokens x width x classes"
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]
+Size = tuple[int, int, int, str]
+Row = dict[str, Any]
 
 
 def operands(tokens: int, width: int, classes: int, dtype: str, device: str) -> Operands:
@@ -183,7 +188,7 @@ class Peak:
         raise KeyError(field)
 
 
-def measure(name: str, size: tuple[int, int, int, str], device: str, repeat: int) -> dict[str, Any]:
+def measure(name: str, size: Size, device: str, repeat: int) -> Row:
     """One variant beside the bare products, in this process."""
     torch.set_num_threads(1)
     call = VARIANTS[name][1]()
@@ -214,41 +219,59 @@ def measure(name: str, size: tuple[int, int, int, str], device: str, repeat: int
     return {"loss": loss, "mib": mib} | best
 
 
-def table(device: str, size: tuple[int, int, int, str], repeat: int) -> list[dict[str, Any]]:
-    """Rows of one size; variants whose library is missing are left out."""
-    rows: list[dict[str, Any]] = []
-    naive_mib = None
+def table(device: str, size: Size, repeat: int, only: str) -> list[Row]:
+    """Rows of one size; of what cannot be run, why."""
     tokens, width, classes, dtype = size
-    for name, (what, _) in tqdm(VARIANTS.items(), desc=f"{device} {tokens}x{width}x{classes}"):
-        if ("Liger" in name and not installed("liger-kernel")) or (
-            "TRL" in name and not installed("trl")
-        ):
-            continue
-        child = subprocess.run(
-            [sys.executable, __file__, "--child", name, device, json.dumps(size), str(repeat)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if child.returncode:
-            print(f"{name}: left out: {child.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-            continue
-        found = json.loads(child.stdout.splitlines()[-1])
-        naive_mib = found["mib"] if name == "naive" else naive_mib
-        rows.append(
-            {
-                "implementation": name,
-                "divergence": what,
-                "device": device,
-                "tokens x width x classes": f"{tokens} x {width} x {classes} {dtype}",
-                "seconds": round(found["call"], 3),
-                "time / matrix products": round(found["call"] / found["floor"], 2),
-                "peak MiB": round(found["mib"]),
-                "peak / naive": round(found["mib"] / naive_mib, 2) if naive_mib else "",
-                "loss": "" if found["loss"] is None else round(found["loss"], 5),
-            }
-        )
+    shown = f"{tokens} x {width} x {classes} {dtype}"
+    names = [name for name in VARIANTS if re.search(only, name)]
+    rows = []
+    for name in tqdm(names, desc=f"{device} {shown}"):
+        row: Row = {
+            "implementation": name,
+            "divergence": VARIANTS[name][0],
+            SIZE: shown,
+            "device": device,
+        }
+        rows.append(row | _outcome(name, device, size, repeat))
     return rows
+
+
+def _outcome(name: str, device: str, size: Size, repeat: int) -> Row:
+    """What a process of its own measured, or why it did not."""
+    for part, library in (("Liger", "liger-kernel"), ("TRL", "trl")):
+        if part in name and not installed(library):
+            return {"note": f"{library} is not installed"}
+    child = subprocess.run(
+        [sys.executable, __file__, "--child", name, device, json.dumps(size), str(repeat)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if child.returncode:
+        return {"note": f"does not run: {child.stderr.strip().splitlines()[-1][:200]}"}
+    found = json.loads(child.stdout.splitlines()[-1])
+    return {
+        "seconds": round(found["call"], 3),
+        "time / matrix products": round(found["call"] / found["floor"], 3),
+        "peak MiB": round(found["mib"], 1),
+        "loss": "" if found["loss"] is None else round(found["loss"], 5),
+    }
+
+
+def ratios(rows: list[Row]) -> None:
+    """Memory against the naive version, and time against our forward KL, at the same size."""
+    for row in rows:
+        beside = {
+            other["implementation"]: other
+            for other in rows
+            if all(other[key] == row[key] for key in ("device", SIZE))
+        }
+        naive, own = beside.get("naive", {}), beside.get("linear_divergence", {})
+        if "peak MiB" in row and "peak MiB" in naive:
+            row["peak / naive"] = round(row["peak MiB"] / naive["peak MiB"], 3)
+        if "seconds" in row and "seconds" in own:
+            ours = "time / matrix products"
+            row["time / linear_divergence"] = round(row[ours] / own[ours], 3)
 
 
 def installed(name: str) -> bool:
@@ -260,7 +283,14 @@ def installed(name: str) -> bool:
     return True
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def merged(old: list[Row], new: list[Row]) -> list[Row]:
+    """Rows with those measured anew in the place of the old, in the order of the variants."""
+    rows = {(row["device"], row[SIZE], row["implementation"]): row for row in [*old, *new]}
+    order = list(VARIANTS)
+    return sorted(rows.values(), key=lambda row: (row[SIZE], order.index(row["implementation"])))
+
+
+def draw(rows: list[Row], path: Path) -> None:
     """Time against memory, one point for each implementation."""
     import matplotlib as mpl
 
@@ -268,18 +298,18 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    column = "tokens x width x classes"
-    shown = [row for row in rows if row[column] == rows[0][column]]
+    shown = [row for row in rows if row[SIZE] == rows[0][SIZE] and "seconds" in row]
     for row in shown:
         mine = row["implementation"].startswith("linear_divergence")
         point = (row["peak MiB"], row["time / matrix products"])
         axes.scatter(*point, color="C0" if mine else "C7", zorder=3)
         axes.annotate(row["implementation"], point, (4, 3), textcoords="offset points", size=7)
+    axes.margins(x=0.2)
     axes.set(
         xscale="log",
         xlabel="peak memory beyond the operands, MiB",
         ylabel="time / four bare matrix products",
-        title=f"{shown[0][column]}, {shown[0]['device']}",
+        title=f"{shown[0][SIZE]}, {shown[0]['device']}",
     )
     axes.axhline(1, color="k", linewidth=0.5)
     axes.grid(alpha=0.3)
@@ -291,6 +321,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "docs/results/bench-fused.json")
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--only", default="", help="measure anew what matches this pattern")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.child:
@@ -298,7 +329,15 @@ def main() -> None:
         print(json.dumps(measure(name, tuple(json.loads(size)), device, int(repeat))))
         return
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    rows = [row for d in devices for size in SIZES[d] for row in table(d, size, asked.repeat)]
+    rows = [
+        row
+        for d in devices
+        for size in SIZES[d]
+        for row in table(d, size, asked.repeat, asked.only)
+    ]
+    if asked.only and asked.out.exists():
+        rows = merged(json.loads(asked.out.read_text())["rows"], rows)
+    ratios(rows)
     used = [name for name in ("torch", "cohobate-core", "liger-kernel", "trl") if installed(name)]
     content = {
         "command": "python tests/benchmarks/core/bench_fused.py",
