@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -219,12 +219,11 @@ def measure(name: str, size: Size, device: str, repeat: int) -> Row:
     return {"loss": loss, "mib": mib} | best
 
 
-def table(device: str, size: Size, repeat: int, only: str) -> list[Row]:
+def measured(device: str, size: Size, repeat: int, only: str) -> Iterator[Row]:
     """Rows of one size; of what cannot be run, why."""
     tokens, width, classes, dtype = size
     shown = f"{tokens} x {width} x {classes} {dtype}"
     names = [name for name in VARIANTS if re.search(only, name)]
-    rows = []
     for name in tqdm(names, desc=f"{device} {shown}"):
         row: Row = {
             "implementation": name,
@@ -232,8 +231,7 @@ def table(device: str, size: Size, repeat: int, only: str) -> list[Row]:
             SIZE: shown,
             "device": device,
         }
-        rows.append(row | _outcome(name, device, size, repeat))
-    return rows
+        yield row | _outcome(name, device, size, repeat)
 
 
 def _outcome(name: str, device: str, size: Size, repeat: int) -> Row:
@@ -283,11 +281,12 @@ def installed(name: str) -> bool:
     return True
 
 
-def merged(old: list[Row], new: list[Row]) -> list[Row]:
-    """Rows with those measured anew in the place of the old, in the order of the variants."""
-    rows = {(row["device"], row[SIZE], row["implementation"]): row for row in [*old, *new]}
+def merged(rows: list[Row], new: Row) -> list[Row]:
+    """Rows with one measured anew in the place of the old, in the order of the variants."""
+    keys = ("device", SIZE, "implementation")
+    kept = [row for row in rows if any(row[key] != new[key] for key in keys)]
     order = list(VARIANTS)
-    return sorted(rows.values(), key=lambda row: (row[SIZE], order.index(row["implementation"])))
+    return sorted([*kept, new], key=lambda row: (row[SIZE], order.index(row["implementation"])))
 
 
 def draw(rows: list[Row], path: Path) -> None:
@@ -299,6 +298,8 @@ def draw(rows: list[Row], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     shown = [row for row in rows if row[SIZE] == rows[0][SIZE] and "seconds" in row]
+    if not shown:
+        return
     for row in shown:
         mine = row["implementation"].startswith("linear_divergence")
         point = (row["peak MiB"], row["time / matrix products"])
@@ -328,15 +329,19 @@ def main() -> None:
         name, device, size, repeat = asked.child
         print(json.dumps(measure(name, tuple(json.loads(size)), device, int(repeat))))
         return
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    rows = [
-        row
-        for d in devices
-        for size in SIZES[d]
-        for row in table(d, size, asked.repeat, asked.only)
-    ]
+    rows: list[Row] = []
     if asked.only and asked.out.exists():
-        rows = merged(json.loads(asked.out.read_text())["rows"], rows)
+        rows = json.loads(asked.out.read_text())["rows"]
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        for size in SIZES[device]:
+            for row in measured(device, size, asked.repeat, asked.only):
+                rows = merged(rows, row)
+                write(rows, asked.out)
+                print(row)
+
+
+def write(rows: list[Row], path: Path) -> None:
+    """The JSON and the picture."""
     ratios(rows)
     used = [name for name in ("torch", "cohobate-core", "liger-kernel", "trl") if installed(name)]
     content = {
@@ -345,11 +350,9 @@ def main() -> None:
         "versions": {name: version(name) for name in used},
         "rows": rows,
     }
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(json.dumps(content, indent=1) + "\n")
-    draw(rows, asked.out.with_suffix(".png"))
-    for row in rows:
-        print(row)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    draw(rows, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":
