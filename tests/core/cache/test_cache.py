@@ -199,7 +199,7 @@ def test_parts_make_the_whole(samples, write, tmp_path):
 
 @pytest.mark.parametrize(
     ("size", "classes", "top_k"),
-    [(1000, 2000, 16), pytest.param(100_000, 32_000, 64, marks=pytest.mark.slow)],
+    [(1000, 20_000, 16), pytest.param(100_000, 32_000, 64, marks=pytest.mark.slow)],
 )
 def test_killed_twenty_times_it_ends_with_the_same_files(tmp_path, size, classes, top_k):
     words = [str(Path(__file__).with_name("child_killed.py")), tmp_path, 20, size, classes, top_k]

@@ -51,6 +51,12 @@ def test_answers_are_the_teachers(cache):
     assert torch.equal(answer.ids, expected[1])
 
 
+def test_a_set_of_teachers_is_one_teacher(cache):
+    assert cache("--model.several=true").code == 0
+    outcome = cache("--teacher=teacher.members.only")
+    assert_one_line(outcome, "answers: made with teacher", "asked for")
+
+
 def test_every_epochs_noise_has_its_answer(cache):
     assert cache("--data.augment=true", "--epochs=2", "--form=dense").code == 0
     stored = TeacherCache("answers")
@@ -71,6 +77,7 @@ def test_parts_make_one_cache(cache):
     [
         (["--data.augment=true", "--data.keyed=false"], ["point-0", "no augmentation key"]),
         (["--model.frozen=false"], ["teacher teacher changes in training"]),
+        (["--model.more=true"], ["--teacher: choose one of teacher, other"]),
         (["--teacher=teachr"], ["no 'teachr', did you mean 'teacher'"]),
         (["--top-k=7"], ["top_k: 7 of 6 classes"]),
         (["--part=2", "--parts=2"], ["part: 2"]),

@@ -107,11 +107,12 @@ def _teacher(model: DistillModule, name: str | None) -> tuple[str, Teacher]:
         InputError: There is none, or it changes in training.
     """
     found = model.teachers()
-    if name is None and len(found) > 1:
-        raise InputError(f"--teacher: choose one of {', '.join(found)}")
+    whole = [n for n in found if not any(n.startswith(f"{other}.") for other in found)]
     if not found:
         raise InputError(f"{type(model).__name__} has no teacher")
-    name = name or next(iter(found))
+    if name is None and len(whole) > 1:
+        raise InputError(f"--teacher: choose one of {', '.join(whole)}")
+    name = name or whole[0]
     if name not in found:
         raise InputError(f"--teacher: no '{name}'{catalog.suggestion(name, found)}")
     if found[name].changing_state():

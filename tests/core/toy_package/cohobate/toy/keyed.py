@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from cohobate.core.teachers import FrozenTeacher
+from cohobate.core.teachers import FrozenTeacher, TeacherSet
 from cohobate.core.training.data import EpochSampler, ResumableLoader
 from cohobate.toy.tiny.method import Cloud, Points, Range, Tiny
 
@@ -47,10 +47,23 @@ class Taught(Tiny):
         features: Number of inputs, from the data.
         bounds: As for the perceptron.
         frozen: Whether the teacher is frozen; otherwise it is the average.
+        several: Whether it is a set of one.
+        more: Whether there is another.
     """
 
-    def __init__(self, features: int, bounds: Range, frozen: bool = True) -> None:
+    def __init__(
+        self,
+        features: int,
+        bounds: Range,
+        frozen: bool = True,
+        several: bool = False,
+        more: bool = False,
+    ) -> None:
         super().__init__(features, bounds)
         if frozen:
             torch.manual_seed(5)
             self.teacher = FrozenTeacher(nn.Linear(features, 6))
+        if several:
+            self.teacher = TeacherSet({"only": self.teacher})
+        if more:
+            self.other = FrozenTeacher(nn.Linear(features, 6))
