@@ -149,7 +149,7 @@ class ESPMedSAM(DistillModule):
             sharing,
         )
         self.teacher: MedicalTeacher | None = None
-        self.answers = nn.ModuleDict()  # cached answers by part
+        self.answers = nn.ModuleDict()  # from disk; of_train, of_val, of_test
         self._scores: dict[str, Scores] = {}
         trained = self._trained()
         self.requires_grad_(False)
@@ -280,7 +280,7 @@ class ESPMedSAM(DistillModule):
             cache = TeacherCache(
                 folder / part, teacher=name, transform=pictures.transform_key, classes=None
             )
-            self.answers[part] = CachedTeacher(cache)
+            self.answers[f"of_{part}"] = CachedTeacher(cache)
         self.teacher = None
 
     # --- the losses, in the paper's order -------------------------------------------------------
@@ -326,8 +326,8 @@ class ESPMedSAM(DistillModule):
 
     def _ask(self, batch: Any, part: str) -> Tensor:
         """The teacher's embeddings, live or from disk."""
-        if part in self.answers:
-            return self.answers[part](batch["sample"], batch["augmentation"])
+        if (cached := f"of_{part}") in self.answers:
+            return self.answers[cached](batch["sample"], batch["augmentation"])
         if self.teacher is None:
             raise InputError("the teacher is not loaded; training loads it")
         if self.stage == "common":
@@ -370,7 +370,7 @@ class ESPMedSAM(DistillModule):
             if len(others := self.network.modalities) > 1:
                 wrong = [others[(others.index(name) + 1) % len(others)] for name in names]
                 self._add("wrong_modality", self.network(batch["image"], wrong), batch)
-        if self.stage == "modality" and (self.teacher is not None or "test" in self.answers):
+        if self.stage == "modality" and (self.teacher is not None or "of_test" in self.answers):
             error = embedding_loss(out.embedding, self._ask(batch, "test"))
             self.log("test/embedding_mse", error, batch_size=len(names), sync_dist=True)
 

@@ -37,21 +37,27 @@ UNUSED = {
     "prompt_encoder.mask_downscaling.6.bias": (256,),
 }
 
+_BLOCKS = [f"{stage}.blocks.{i}" for stage, depth in ((1, 2), (2, 6), (3, 2)) for i in range(depth)]
+_MEDICAL = (
+    ("attn.deep_QKV_embeddings_med", "token"),
+    ("attn.med_attention_biases", "bias"),
+    ("med_dah.{}", "expert.{}"),
+)
+_LAYERS = "decoder.transformer.layers"
 # Official name and ours, {} for what they have in common; the first pair that fits is used.
 _PAIRS = (
     ("SemiTViT.patch_embed.seq.0.{}", "encoder.vit.patch_embed.conv1.{}"),
     ("SemiTViT.patch_embed.seq.2.{}", "encoder.vit.patch_embed.conv2.{}"),
     # a patch merging stands at the end of the stage before it in the official names
-    *((f"SemiTViT.layers.{i}.downsample.{{}}", f"encoder.vit.stages.{i + 1}.downsample.{{}}") for i in range(3)),
-    # the attention blocks of stages 1 to 3, numbered through
     *(
-        (f"SemiTViT.layers.{stage}.blocks.{block}.{theirs}", f"encoder.controllers.@.{place}.{ours}")
-        for place, (stage, block) in enumerate([(1, 0), (1, 1), *((2, i) for i in range(6)), (3, 0), (3, 1)])
-        for theirs, ours in (
-            ("attn.deep_QKV_embeddings_med", "token"),
-            ("attn.med_attention_biases", "bias"),
-            ("med_dah.{}", "expert.{}"),
-        )
+        (f"SemiTViT.layers.{i}.downsample.{{}}", f"encoder.vit.stages.{i + 1}.downsample.{{}}")
+        for i in range(3)
+    ),
+    # the attention blocks of stages 1 to 3 are numbered through
+    *(
+        (f"SemiTViT.layers.{block}.{theirs}", f"encoder.controllers.@.{place}.{ours}")
+        for place, block in enumerate(_BLOCKS)
+        for theirs, ours in _MEDICAL
     ),
     ("SemiTViT.layers.{}", "encoder.vit.stages.{}"),
     ("SemiTViT.neck.{}", "encoder.neck.{}"),
@@ -65,12 +71,12 @@ _PAIRS = (
     ("mask_decoder.output_hypernetworks_mlps.0.layers.2.{}", "decoder.mlps.@.proj_out.{}"),
     ("mask_decoder.transformer.norm_final_attn.{}", "decoder.transformer.layer_norm_final_attn.{}"),
     *(
-        (f"mask_decoder.transformer.layers.{i}.norm{n}.{{}}", f"decoder.transformer.layers.{i}.layer_norm{n}.{{}}")
+        (f"mask_decoder.transformer.layers.{i}.norm{n}.{{}}", f"{_LAYERS}.{i}.layer_norm{n}.{{}}")
         for i in range(2)
         for n in range(1, 5)
     ),
     ("mask_decoder.transformer.{}", "decoder.transformer.{}"),
-)  # fmt: skip
+)
 
 
 def load_official(file: Path, modality: str) -> tuple[Network, dict[str, Tensor]]:

@@ -69,7 +69,7 @@ def read_rgb(path: Path) -> np.ndarray:
         low, high = values.min(), values.max()
         grey = np.rint((values - low) * (255.0 / max(high - low, 1e-12))).astype(np.uint8)
         return np.repeat(grey[..., None], 3, -1)
-    return np.asarray(image.convert("RGB"))
+    return np.array(image.convert("RGB"))
 
 
 def read_mask(path: Path, like: tuple[int, ...] | None = None) -> np.ndarray:
@@ -106,7 +106,7 @@ def _open(path: Path) -> Image.Image:
 def prepare(rgb: np.ndarray, size: int, normalization: Normalization) -> tuple[Tensor, list[int]]:
     """An image as the network takes it.
 
-    The longer side becomes ``size``; what is normalised is padded with zeros on the right and below.
+    The longer side becomes ``size``; zeros are padded on the right and below after normalising.
 
     Args:
         rgb: ``(H, W, 3)`` uint8.

@@ -125,6 +125,6 @@ def _line(size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _texture(size: int, rng: np.random.Generator, grain: float) -> np.ndarray:
-    """Smooth noise of unit variance; ``grain`` in pixels."""
-    noise = gaussian_filter(rng.normal(size=(size, size)), grain, mode="wrap")
-    return noise / noise.std()
+    """Smooth noise of mean 0 and unit variance; ``grain`` in pixels."""
+    noise = gaussian_filter(rng.normal(size=(size, size)), grain, mode="wrap", truncate=2.0)
+    return (noise - noise.mean()) / noise.std()
