@@ -12,7 +12,7 @@ from PIL import Image
 from cohobate.core.errors import InputError
 from cohobate.core.training.data import Draw
 from cohobate.medseg.esp_medsam import synthetic
-from cohobate.medseg.esp_medsam.data import ImageData, ModalitySampler, NaturalImages
+from cohobate.medseg.esp_medsam.data import ImageData, ModalitySampler
 from cohobate.medseg.esp_medsam.pictures import (
     MEAN,
     Picture,
@@ -258,18 +258,19 @@ def test_the_embedded_pictures_are_always_the_same():
 
 
 def test_natural_images(tmp_path):
-    data = NaturalImages(image_size=64, epoch_images=6, batch_size=2)
+    data = ImageData(images="natural", image_size=64, epoch_images=6, batch_size=2)
     train, val = data.parts["train"], data.parts["val"]
     assert train[Draw(0, 1)]["image"].shape == (3, 64, 64)
     assert not torch.equal(train[Draw(0, 1)]["image"], train[Draw(0, 2)]["image"])
     assert torch.equal(val[3]["image"], val[3]["image"])
-    assert "photographs" in data.describe()
+    assert data.describe().endswith("scikit-learn: 6 train, 32 val")
+    assert data.modalities == []
     with pytest.raises(InputError, match="0 images; the common stage needs two"):
-        NaturalImages(tmp_path)
+        ImageData(images="natural", natural=tmp_path)
     for number in range(3):
         save(tmp_path / f"{number}.png", np.full((32, 40), number, np.uint8))
-    own = NaturalImages(tmp_path, image_size=32)
-    assert own.describe() == f"{tmp_path.name}: 2 train, 1 val natural images"
+    own = ImageData(images="natural", natural=tmp_path, image_size=32)
+    assert own.describe() == f"images of {tmp_path.name}: 2 train, 1 val"
     assert next(iter(own.val_dataloader()))["image"].shape == (1, 3, 32, 32)
 
 

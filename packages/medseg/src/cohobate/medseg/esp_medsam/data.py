@@ -1,10 +1,10 @@
-"""Data modules: pictures with masks for the modalities, natural images for the common stage."""
+"""The data module: pictures with masks, or natural images for the common stage."""
 
 from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -25,7 +25,6 @@ from cohobate.medseg.esp_medsam.pictures import (
     each_modality,
     image_files,
     prepare,
-    read_rgb,
 )
 
 
@@ -51,7 +50,14 @@ class ImageData(pl.LightningDataModule):
         batch_size: Images a step.
         num_workers: Processes that read.
         keep: Keep all images in memory.
+        images: ``labelled``, or ``natural`` for the common stage, which needs no masks.
+        natural: Folder of natural images, the last of which (sorted) are for validation; ``None``
+            is random parts of two photographs.
+        epoch_images: Parts of the photographs in an epoch.
         seed: Seed of order and augmentation; the command sets it to the run's.
+
+    Attributes:
+        modalities: Those that occur; none for natural images.
 
     Raises:
         InputError: The folder or a file in it is not as described.
@@ -71,38 +77,47 @@ class ImageData(pl.LightningDataModule):
         batch_size: int = 4,
         num_workers: int = 0,
         keep: bool = False,
+        images: Literal["labelled", "natural"] = "labelled",
+        natural: Path | None = None,
+        epoch_images: int = 128,
         seed: int = 0,
     ) -> None:
         super().__init__()
         _check_size(image_size)
+        self.images, self.natural = images, natural
         self.root = None if root is None else Path(root)
         self.image_size, self.normalization = image_size, normalization
         self.flip, self.batch_size, self.num_workers = flip, batch_size, num_workers
         self.keep, self.seed = keep or root is None, seed
-        known = list(modalities or MODALITIES)
-        self._found: Found
+        self.modalities: list[str] = []
+        self.parts: dict[str, Dataset[dict[str, Any]]]
+        if images == "natural":
+            self.parts = _natural(natural, val, image_size, normalization, epoch_images)
+            return
+        found: Found
         if self.root is None:
-            self._found, self.modalities = synthetic.pictures(image_size), [*synthetic.MODALITIES]
+            found, self.modalities = synthetic.pictures(image_size), [*synthetic.MODALITIES]
         else:
-            self._found = Source(self.root, known, splits or {}, modality, test, val).find()
-            everything = [picture for part in self._found.values() for picture in part]
+            known = list(modalities or MODALITIES)
+            found = Source(self.root, known, splits or {}, modality, test, val).find()
+            everything = [picture for part in found.values() for picture in part]
             self.modalities = each_modality(everything, known)
         self.parts = {
             part: Pictures(
-                self._found[part],
-                image_size,
-                normalization,
-                flip if part == "train" else 0.0,
-                self.keep,
+                found[part], image_size, normalization, flip if part == "train" else 0.0, self.keep
             )
             for part in PARTS
         }
 
     def describe(self) -> str:
         """What the data is, in one line."""
+        if self.images == "natural":
+            train, val = (len(self.parts[part]) for part in ("train", "val"))  # type: ignore[arg-type]
+            name = synthetic.PHOTOS if self.natural is None else f"images of {self.natural.name}"
+            return f"{name}: {train} train, {val} val"
         if self.root is None:
             return synthetic.DESCRIPTION
-        counts = {part: Counter(p.modality for p in self._found[part]) for part in PARTS}
+        counts = {part: Counter(self._names(part)) for part in PARTS}
         each = ", ".join(
             f"{name} {'/'.join(str(counts[part][name]) for part in PARTS)}"
             for name in self.modalities
@@ -110,10 +125,11 @@ class ImageData(pl.LightningDataModule):
         return f"{self.root.name}: {each} (train/val/test) at {self.image_size} pixels"
 
     def train_dataloader(self) -> ResumableLoader:
-        """Batches of one modality: ``image`` ``(B, 3, S, S)``, ``mask`` ``(B, 1, S, S)``, …."""
-        sampler = ModalitySampler(
-            [picture.modality for picture in self._found["train"]], self.batch_size, seed=self.seed
-        )
+        """Batches with ``image`` ``(B, 3, S, S)``; labelled ones are of one modality."""
+        if self.images == "natural":
+            sampler = EpochSampler(len(self.parts["train"]), seed=self.seed)  # type: ignore[arg-type]
+        else:
+            sampler = ModalitySampler(self._names("train"), self.batch_size, seed=self.seed)
         return ResumableLoader(
             self.parts["train"],
             batch_size=self.batch_size,
@@ -131,8 +147,15 @@ class ImageData(pl.LightningDataModule):
         return self._whole("test")
 
     def _whole(self, part: str) -> DataLoader[dict[str, Any]]:
-        pictures = self.parts[part]  # type: ignore[index]
-        return DataLoader(pictures, batch_size=self.batch_size, num_workers=self.num_workers)
+        return DataLoader(
+            self.parts[part], batch_size=self.batch_size, num_workers=self.num_workers
+        )
+
+    def _names(self, part: str) -> list[str]:
+        """The modality of every picture."""
+        pictures = self.parts[part]
+        assert isinstance(pictures, Pictures)
+        return [picture.modality for picture in pictures.pictures]
 
 
 class ModalitySampler(EpochSampler):
@@ -175,83 +198,27 @@ class ModalitySampler(EpochSampler):
         return np.concatenate([blocks[i] for i in rng.permutation(len(blocks))])
 
 
-class NaturalImages(pl.LightningDataModule):
-    """Unlabelled natural images for the common stage.
-
-    Args:
-        root: Folder of images, the last of which (sorted) are for validation; ``None``: random
-            parts of two photographs.
-        val: Share of the images for validation.
-        image_size: As for `ImageData`.
-        normalization: As for `ImageData`.
-        epoch_images: Images an epoch of the two photographs' parts.
-        batch_size: Images a step.
-        num_workers: Processes that read.
-        seed: Seed of order and parts; the command sets it to the run's.
-
-    Attributes:
-        modalities: None; natural images have no mask.
-
-    Raises:
-        InputError: The folder has too few images.
-    """
-
-    def __init__(
-        self,
-        root: Path | None = None,
-        val: float = 0.1,
-        image_size: int = 1024,
-        normalization: Normalization = "sam",
-        epoch_images: int = 128,
-        batch_size: int = 4,
-        num_workers: int = 0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__()
-        _check_size(image_size)
-        self.root = None if root is None else Path(root)
-        self.image_size, self.normalization = image_size, normalization
-        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self.modalities: list[str] = []
-        self.parts: dict[str, Dataset[dict[str, Any]]]
-        if self.root is None:
-            self.parts = {
-                "train": PhotoParts(image_size, normalization, epoch_images, (0.0, 0.7)),
-                "val": PhotoParts(image_size, normalization, 32, (0.7, 1.0)),
-            }
-            return
-        files = image_files(self.root) if self.root.is_dir() else []
-        held = max(1, round(val * len(files)))
-        if len(files) < 2:
-            raise InputError(
-                f"{self.root}: {len(files)} images; the common stage needs two or more"
-            )
-        chosen = {"train": files[:-held], "val": files[-held:]}
-        self.parts = {
-            part: Pictures([Picture(p.name, "", p, None) for p in paths], image_size, normalization)
-            for part, paths in chosen.items()
-        }
-
-    def describe(self) -> str:
-        """What the data is, in one line."""
-        if self.root is None:
-            return synthetic.PHOTOS
-        counts = [len(part) for part in self.parts.values()]  # type: ignore[arg-type]
-        return f"{self.root.name}: {counts[0]} train, {counts[1]} val natural images"
-
-    def train_dataloader(self) -> ResumableLoader:
-        """Batches of images."""
-        part = self.parts["train"]
-        sampler = EpochSampler(len(part), seed=self.seed)  # type: ignore[arg-type]
-        return ResumableLoader(
-            part, batch_size=self.batch_size, sampler=sampler, num_workers=self.num_workers
-        )
-
-    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """All images held out."""
-        return DataLoader(
-            self.parts["val"], batch_size=self.batch_size, num_workers=self.num_workers
-        )
+def _natural(
+    folder: Path | None,
+    val: float,
+    size: int,
+    normalization: Normalization,
+    epoch_images: int,
+) -> dict[str, Dataset[dict[str, Any]]]:
+    """Unlabelled images for training, and others for validation and test."""
+    if folder is None:
+        held: Dataset[dict[str, Any]] = PhotoParts(size, normalization, 32, (0.7, 1.0))
+        train = PhotoParts(size, normalization, epoch_images, (0.0, 0.7))
+        return {"train": train, "val": held, "test": held}
+    files = image_files(folder) if folder.is_dir() else []
+    if len(files) < 2:
+        raise InputError(f"{folder}: {len(files)} images; the common stage needs two or more")
+    last = max(1, round(val * len(files)))
+    first, held = (
+        Pictures([Picture(p.name, "", p, None) for p in paths], size, normalization)
+        for paths in (files[:-last], files[-last:])
+    )
+    return {"train": first, "val": held, "test": held}
 
 
 class PhotoParts(Dataset[dict[str, Any]]):
@@ -283,13 +250,6 @@ class PhotoParts(Dataset[dict[str, Any]]):
         if rng.random() < 0.5:
             part = part[:, ::-1]
         return {"image": prepare(part, self.size, self.normalization)[0]}
-
-
-def read_input(path: Path, size: int, normalization: Normalization) -> tuple[np.ndarray, Any, Any]:
-    """An image file as RGB, as the network's input ``(1, 3, S, S)``, and what of it is image."""
-    rgb = read_rgb(path)
-    image, inside = prepare(rgb, size, normalization)
-    return rgb, image[None], inside
 
 
 def _check_size(size: int) -> None:

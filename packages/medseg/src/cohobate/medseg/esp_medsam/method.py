@@ -132,8 +132,8 @@ class ESPMedSAM(DistillModule):
         self.teacher_run, self.start, self.sam, self.mobile_sam = teacher, start, sam, mobile_sam
         self.cache, self.patch_weight, self.ablations = cache, patch_weight, ablations
         self.lr, self.gamma = lr, gamma
-        if self.known and start is None:
-            raise InputError("model.known: name the run of these modalities by model.start")
+        if start is None and (self.known or stage == "joint"):
+            raise InputError("model.start: name the run to go on from")
         names = [*self.known, *self.new]
         sharing: Sharing = "modality" if stage == "teacher" else _SHARING[adapt]
         controlled = {"modality": names, "shared": [SHARED], "none": []}[sharing]
@@ -156,6 +156,7 @@ class ESPMedSAM(DistillModule):
         for part in trained:
             part.requires_grad_(True)
         self.automatic_optimization = bool(trained)
+        self.train()  # Lightning leaves the modes as it finds them
 
     # --- what is trained ----------------------------------------------------------------------
 
@@ -214,22 +215,24 @@ class ESPMedSAM(DistillModule):
     def setup(self, stage: str) -> None:
         """Read what the stage starts from, and the teacher."""
         if stage != "fit":
+            if self.teacher_run is not None and not self._answered("test"):
+                self.teacher = MedicalTeacher(self._load_teacher())
             return
-        if self.sam is not None and isinstance(self.network.encoder, SAMEncoder):
-            load_sam(self.network.encoder, self.sam)
-        if self.mobile_sam is not None and isinstance(self.network.encoder, TinyViTEncoder):
-            load_mobile_sam(self.network.encoder, self.mobile_sam)
+        encoder = self.network.encoder
+        if self.sam is not None and isinstance(encoder, SAMEncoder):
+            load_sam(encoder, self.sam)
+        if self.mobile_sam is not None and isinstance(encoder, TinyViTEncoder):
+            load_mobile_sam(encoder, self.mobile_sam)
         if self.start is not None:
             self._begin(self.start)
-        if self.stage in ("common", "modality"):
-            teacher = self._load_teacher()
-            if self.stage == "modality":
-                copy_heads(self.network, teacher)
-            self.teacher = MedicalTeacher(teacher)
-            if self.stage == "modality" and self.cache is not False:
+        if self.stage not in ("common", "modality"):
+            return
+        teacher = self._load_teacher()
+        self.teacher = MedicalTeacher(teacher)
+        if self.stage == "modality":
+            copy_heads(self.network, teacher)
+            if self.cache is not False:
                 self._keep_answers()
-        elif self.stage == "joint" and self.start is None and self.trainer.ckpt_path is None:
-            log.info("model.start: none; the joint stage goes on from the stage before it")
 
     def _begin(self, run: Path) -> None:
         """Take the weights of a finished run, all that this network has of them."""
@@ -326,13 +329,15 @@ class ESPMedSAM(DistillModule):
 
     def _ask(self, batch: Any, part: str) -> Tensor:
         """The teacher's embeddings, live or from disk."""
-        if (cached := f"of_{part}") in self.answers:
-            return self.answers[cached](batch["sample"], batch["augmentation"])
+        if f"of_{part}" in self.answers:
+            return self.answers[f"of_{part}"](batch["sample"], batch["augmentation"])
         if self.teacher is None:
-            raise InputError("the teacher is not loaded; training loads it")
-        if self.stage == "common":
-            return self.teacher(batch["image"])
-        return self.teacher(batch["image"], batch["modality"])
+            raise InputError("model.teacher: name the run folder of the teacher")
+        return self.teacher(batch["image"], None if self.stage == "common" else batch["modality"])
+
+    def _answered(self, part: str) -> bool:
+        """Whether the teacher's embeddings are at hand."""
+        return self.teacher is not None or f"of_{part}" in self.answers
 
     # --- evaluation ---------------------------------------------------------------------------
 
@@ -353,15 +358,22 @@ class ESPMedSAM(DistillModule):
             return
         out = self.network(batch["image"], batch["modality"])
         self._add("", out, batch)
-        if self.stage == "modality":
-            loss = embedding_loss(out.embedding, self._ask(batch, "val"))
-        else:
+        if self.stage != "modality":
             terms = self.task_loss(out, batch)
             loss = terms["masks"] + self.patch_weight * terms["patches"]
+        elif self._answered("val"):
+            loss = embedding_loss(out.embedding, self._ask(batch, "val"))
+        else:
+            return
         self.log("val/loss", loss, batch_size=size, sync_dist=True)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Scores with and without the prompt, of the wrong modality, and the embedding's error."""
+        if self.stage == "common":
+            error = embedding_loss(self.network.encoder(batch["image"]), self._ask(batch, "test"))
+            size = len(batch["image"])
+            self.log("test/embedding_mse", error, batch_size=size, sync_dist=True)
+            return
         names = batch["modality"]
         out = self.network(batch["image"], names)
         self._add("", out, batch, distances=True)
@@ -370,7 +382,7 @@ class ESPMedSAM(DistillModule):
             if len(others := self.network.modalities) > 1:
                 wrong = [others[(others.index(name) + 1) % len(others)] for name in names]
                 self._add("wrong_modality", self.network(batch["image"], wrong), batch)
-        if self.stage == "modality" and (self.teacher is not None or "of_test" in self.answers):
+        if self.stage == "modality" and self._answered("test"):
             error = embedding_loss(out.embedding, self._ask(batch, "test"))
             self.log("test/embedding_mse", error, batch_size=len(names), sync_dist=True)
 
