@@ -36,6 +36,7 @@ QUICK = [
     "--model.vit={hidden_size: 24, num_hidden_layers: 2, num_attention_heads: 3, window_size: 2}",
     "--model.decoder={num_heads: 2, mlp_dim: 24, patch_dim: 8}",
 ]
+OPTIONS = ("--data.flip=0.5", "--data.epoch_images=8")
 STUDENT = "network.encoder.controllers."
 
 
@@ -64,23 +65,24 @@ def data(tmp_path_factory) -> Path:
     return pictures(tmp_path_factory.mktemp("data") / "discs", ("ultrasound", "fundus"))
 
 
-def stage(name: str, out: Path, *options: str) -> Path:
-    """Run one stage of the default recipe in a run folder, as ``fit`` would."""
-    recipe = catalog.find("medseg/esp-medsam")
-    (chosen,) = [s for s in recipe.stages if s.name == name]
-    run = runs.RunFolder(out / chosen.path.stem)
-    earlier = {s.name: runs.RunFolder(out / s.path.stem) for s in recipe.stages}
-    runs._fit_stage(recipe, chosen, [*QUICK, *options], None, run, earlier, out)
-    return run.path
+def fit(recipe: str, out: Path, *options: str) -> Path:
+    """Run the stages of a recipe that are not finished in ``out``; the last one's folder."""
+    return runs.fit(catalog.find(recipe), [*QUICK, *options], out=out)[-1].path
+
+
+def begun(trained: Path, out: Path) -> Path:
+    """A run folder whose first two stages are those of another run."""
+    out.mkdir()
+    for name in ("1-teacher", "2-common"):
+        (out / name).symlink_to(trained / name)
+    return out
 
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory) -> Path:
     """All three stages."""
     out = tmp_path_factory.mktemp("runs") / "esp"
-    options = (f"--data.root={data}", "--data.flip=0.5", "--data.epoch_images=8")
-    done = run_command("fit", "medseg/esp-medsam", *QUICK, *options, "--out", out)
-    assert done.code == 0, done.err
+    fit("medseg/esp-medsam", out, f"--data.root={data}", *OPTIONS)
     return out
 
 
@@ -126,28 +128,18 @@ def test_a_stage_that_stopped_ends_the_same(data, trained, tmp_path, monkeypatch
             raise RuntimeError("power cut")
         return original(self, batch)
 
-    for name in ("1-teacher", "2-common"):
-        (tmp_path / name).symlink_to(trained / name)
-    options = (f"--data.root={data}", "--data.flip=0.5", "--data.epoch_images=8")
+    out = begun(trained, tmp_path / "stopped")
+    options = (f"--data.root={data}", *OPTIONS)
     with monkeypatch.context() as patch:
         patch.setattr(ESPMedSAM, "forward_train", forward_train)
         with pytest.raises(RuntimeError, match="power cut"):
-            stage("modality", tmp_path, *options, "--checkpoint_steps=1")
-    again = stage("modality", tmp_path, *options)
-    assert_same_run(again, trained / "3-modality")
+            fit("medseg/esp-medsam", out, *options, "--checkpoint_steps=1")
+    assert_same_run(fit("medseg/esp-medsam", out, *options), trained / "3-modality")
 
 
 def test_a_live_teacher_trains_alike(data, trained, tmp_path):
-    for name in ("1-teacher", "2-common"):
-        (tmp_path / name).symlink_to(trained / name)
-    live = stage(
-        "modality",
-        tmp_path,
-        f"--data.root={data}",
-        "--data.flip=0.5",
-        "--data.epoch_images=8",
-        "--model.cache=false",
-    )
+    out = begun(trained, tmp_path / "live")
+    live = fit("medseg/esp-medsam", out, f"--data.root={data}", *OPTIONS, "--model.cache=false")
     assert not (live / "teacher-embeddings").exists()
     one, other = (read_metrics(f / "metrics.csv") for f in (live, trained / "3-modality"))
     for a, b in zip(one, other, strict=True):
@@ -208,15 +200,13 @@ def test_one_modality_as_onnx(trained, tmp_path):
 def test_a_modality_is_added_and_the_others_stay(trained, tmp_path):
     new = pictures(tmp_path / "new", ("mri",))
     out = tmp_path / "added"
-    options = (
+    fit(
+        "medseg/esp-medsam/add", out,
         f"--data.root={new}",
         "--data.modalities=[mri]",
         "--model.known=[ultrasound, fundus]",
         f"--model.start={trained}",
-    )
-    stage("teacher", out, *options)
-    (out / "2-common").symlink_to(trained / "2-common")
-    stage("modality", out, *options)
+    )  # fmt: skip
     before, after = runs.load_run(trained).network, runs.load_run(out).network
     assert after.modalities == ["ultrasound", "fundus", "mri"]
     image = torch.randn(2, 3, 64, 64)
@@ -272,10 +262,14 @@ def test_a_missing_folder(tmp_path):
 
 
 def test_a_missing_teacher(data, tmp_path):
-    outcome = refused("medseg/esp-medsam/joint", tmp_path / "run", f"--data.root={data}")
-    assert_one_line(outcome, "model.start: name the run")
+    missing = tmp_path / "none"
     outcome = refused(
-        "medseg/esp-medsam/paper", tmp_path / "run", f"--data.root={data}",
+        "medseg/esp-medsam/joint", tmp_path / "run", f"--data.root={data}",
+        f"--model.start={missing}",
+    )  # fmt: skip
+    assert_one_line(outcome, f"model.start: {missing}: no such run folder")
+    outcome = refused(
+        "medseg/esp-medsam", tmp_path / "run", f"--data.root={data}",
         f"--model.teacher={tmp_path}",
     )  # fmt: skip
     assert_one_line(outcome, "model.teacher:", "no best.ckpt or last.ckpt")

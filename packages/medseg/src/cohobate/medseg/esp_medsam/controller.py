@@ -54,7 +54,7 @@ class Controller(nn.Module):
         Returns:
             Keys and values with N + 1 entries, bias ``(..., heads, Q, N + 1)``.
         """
-        batch = len(key)
+        batch = key.shape[0]  # len() would fix the batch size of an exported graph
         value_token = self.token if self.value_token is None else self.value_token
         key = torch.cat([key, self.token.expand(batch, -1, -1, -1)], 2)
         value = torch.cat([value, value_token.expand(batch, -1, -1, -1)], 2)

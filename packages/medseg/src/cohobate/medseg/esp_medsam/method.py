@@ -134,6 +134,8 @@ class ESPMedSAM(DistillModule):
         self.lr, self.gamma = lr, gamma
         if start is None and (self.known or stage == "joint"):
             raise InputError("model.start: name the run to go on from")
+        if self.known and stage == "common":
+            raise InputError("model.known: the common stage changes what all modalities share")
         names = [*self.known, *self.new]
         sharing: Sharing = "modality" if stage == "teacher" else _SHARING[adapt]
         controlled = {"modality": names, "shared": [SHARED], "none": []}[sharing]
@@ -237,7 +239,10 @@ class ESPMedSAM(DistillModule):
     def _begin(self, run: Path) -> None:
         """Take the weights of a finished run, all that this network has of them."""
         stage = run / TEACHER_STAGE
-        source = load_run(stage if self.stage == "teacher" and stage.is_dir() else run)
+        try:
+            source = load_run(stage if self.stage == "teacher" and stage.is_dir() else run)
+        except InputError as error:
+            raise InputError(f"model.start: {error}") from None
         parts = {n: t for n, t in source.state_dict().items() if n.startswith("network.")}
         missing = [m for m in self.known if m not in getattr(source, "network").modalities]  # noqa: B009
         if missing:
