@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ from cohobate.medseg.esp_medsam import (
     synthetic,
 )
 from cohobate.medseg.esp_medsam.pictures import Pictures
-from cohobate.medseg.esp_medsam.weights import copy_heads
+from cohobate.medseg.esp_medsam.weights import copy_heads, load_sam
 
 SIZES = {
     "width": 16,
@@ -201,6 +203,27 @@ def test_an_added_modality_trains_its_own_parts_alone():
     assert all(n.startswith("network.encoder.controllers.mri.") for n in student)
     with pytest.raises(InputError, match=r"model\.start: name the run"):
         stage("teacher", modalities=["mri"], known=NAMES)
+
+
+def test_a_sam_folder_gives_the_frozen_vit(tmp_path):
+    from transformers import SamConfig, SamModel
+
+    vision = {**dataclasses.asdict(SIZES["vit"]), "output_channels": 16}
+    sam = SamModel(SamConfig(vision_config=vision))
+    with torch.no_grad():
+        for parameter in sam.vision_encoder.parameters():
+            parameter.normal_(0, 0.1)
+    sam.save_pretrained(tmp_path)
+    encoder = stage("teacher", sam=tmp_path).network.encoder
+    load_sam(encoder, tmp_path)
+    image = torch.randn(1, 3, 64, 64)
+    expected = sam.eval().vision_encoder(image).last_hidden_state
+    torch.testing.assert_close(encoder.eval()(image), expected, atol=1e-5, rtol=1e-4)
+    wide = dataclasses.replace(SIZES["vit"], hidden_size=48)
+    with pytest.raises(InputError, match=r"pos_embed is \(1, 4, 4, 24\), the teacher needs"):
+        load_sam(stage("teacher", sam=tmp_path, vit=wide).network.encoder, tmp_path)
+    with pytest.raises(InputError, match=r"no config\.json of a SAM"):
+        load_sam(encoder, tmp_path / "none")
 
 
 # --- the cache of the teacher's embeddings --------------------------------------------------------

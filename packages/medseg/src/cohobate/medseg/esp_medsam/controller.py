@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +98,8 @@ class Controllers(nn.ModuleDict):
             return [None] * blocks
         if modality not in self:
             raise unknown_modality(modality, self)
-        return list(self[modality])  # type: ignore[arg-type]
+        own: Any = self[modality]
+        return list(own)
 
 
 def unknown_modality(modality: str, known: Iterable[str]) -> InputError:

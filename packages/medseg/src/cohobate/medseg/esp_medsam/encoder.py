@@ -11,7 +11,7 @@ from timm.models.tiny_vit import Attention, TinyVit, TinyVitBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.sam.configuration_sam import SamVisionConfig
-from transformers.models.sam.modeling_sam import SamVisionEncoder, SamVisionLayer
+from transformers.models.sam.modeling_sam import SamVisionEncoder
 
 from cohobate.medseg.esp_medsam.controller import Controller, Controllers, check_modalities
 
@@ -69,6 +69,8 @@ class ChannelNorm(nn.LayerNorm):
 
 class ControlledAttention(Attention):
     """TinyViT's window attention to which a controller may add a key and a value."""
+
+    attention_bias_idxs: Tensor
 
     def train(self, mode: bool = True) -> ControlledAttention:
         """As for any module; timm's own returns nothing."""
@@ -158,7 +160,7 @@ class TinyViTEncoder(nn.Module):
         separate_kv: bool = False,
     ) -> None:
         super().__init__()
-        vit = TinyVit(num_classes=0, drop_path_rate=0.0, **asdict(size))
+        vit: Any = TinyVit(num_classes=0, drop_path_rate=0.0, **asdict(size))
         del vit.head
         dims: list[tuple[int, int]] = []
         for stage, dim, heads, window in zip(
@@ -172,7 +174,7 @@ class TinyViTEncoder(nn.Module):
             stage.blocks = nn.ModuleList(ControlledBlock(dim, heads, window) for _ in range(depth))
             dims += [(dim, heads)] * depth
         vit.stages[3].downsample.conv2.conv.stride = (1, 1)
-        self.vit = vit
+        self.vit: Any = vit
         self.neck = nn.Sequential(
             nn.Conv2d(size.embed_dims[-1], width, 1, bias=False),
             ChannelNorm(width),
@@ -240,7 +242,7 @@ class SAMEncoder(nn.Module):
         options: dict[str, Any] = {**asdict(size), "output_channels": width}
         # SAM's own spread of initial weights, 1e-10, is for weights that are loaded afterwards
         self.vit = SamVisionEncoder(SamVisionConfig(**options, initializer_range=0.02))
-        self._options = {"expert_ratio": adapter_ratio, "separate_kv": separate_kv}
+        self._ratio, self._separate_kv = adapter_ratio, separate_kv
         self._dims = [(size.hidden_size, size.num_attention_heads)] * size.num_hidden_layers
         self.controllers = Controllers()
         for name in check_modalities(modalities):
@@ -249,7 +251,7 @@ class SAMEncoder(nn.Module):
     def add(self, modality: str) -> None:
         """Give a modality its own tokens and adapters; nothing else changes."""
         self.controllers[modality] = nn.ModuleList(
-            Controller(dim, heads, **self._options) for dim, heads in self._dims
+            Controller(dim, heads, self._ratio, self._separate_kv) for dim, heads in self._dims
         )
 
     def forward(self, image: Tensor, modality: str | None = None) -> Tensor:
@@ -271,7 +273,7 @@ def _resized(positions: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(grid, tuple(size), mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
 
 
-def _sam_layer(layer: SamVisionLayer, x: Tensor, controller: Controller | None) -> Tensor:
+def _sam_layer(layer: Any, x: Tensor, controller: Controller | None) -> Tensor:
     """One block of SAM's ViT on ``(B, H, W, C)`` with a controller."""
     shortcut, shape = x, x.shape
     x = layer.layer_norm1(x)

@@ -171,7 +171,8 @@ class MaskDecoder(nn.Module):
         """
         if modality not in self.mlps:
             raise unknown_modality(modality, self.mlps)
-        queries, place = self.queries, len(self.queries)
+        queries: Tensor = self.queries
+        place = len(queries)
         if modality in self.own_queries:
             queries = torch.cat([queries, self.own_queries[modality][None]])
         else:
