@@ -124,10 +124,7 @@ class ESPMedSAM(DistillModule):
     ) -> None:
         super().__init__(weights={"patches": patch_weight})
         self.stage, self.adapt, self.known = stage, adapt, list(known or [])
-        self.modalities, self.new = (
-            list(modalities),
-            [m for m in modalities if m not in (known or [])],
-        )
+        self.new = [name for name in modalities if name not in self.known]
         self.image_size, self.normalization = image_size, normalization
         self.teacher_run, self.start, self.sam, self.mobile_sam = teacher, start, sam, mobile_sam
         self.cache, self.patch_weight, self.ablations = cache, patch_weight, ablations
