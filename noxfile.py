@@ -123,7 +123,7 @@ def types(session: nox.Session, package: str) -> None:
 @nox.session(default=False)
 def docs(session: nox.Session) -> None:
     """Build the site; a broken link or reference is an error. `-- serve` shows it."""
-    install(session, *PACKAGES, extra=tuple(group(ROOT, "docs")))
+    install(session, extra=tuple(group(ROOT, "docs")))
     session.run("python", "docs/generate.py", "--check")
     session.run("mkdocs", *(session.posargs or ["build", "--strict"]))
 
