@@ -26,8 +26,8 @@ from cohobate.ctr.suan.serving import export_onnx, export_program, onnx_feed
 
 Fit = Callable[..., Path]
 NETWORKS = {
-    "suan": lambda la, c: SUAN(la, c, blocks=2),
-    "lightsuan": lambda la, c: LightSUAN(la, c, blocks=2, window=3, dilation=4),
+    "suan": lambda la, c: SUAN(la, c, blocks=1),
+    "lightsuan": lambda la, c: LightSUAN(la, c, blocks=1, window=3, dilation=4),
     "mlp": MeanMLP,
 }
 
@@ -37,8 +37,9 @@ def cut(f: Features, batch: int, length: int) -> Features:
     return f._replace(history=f.history[:, -length:], history_time=f.history_time[:, -length:])
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("bare", [False, True], ids=["all-roles", "no-context-no-dense"])
+@pytest.mark.parametrize(
+    ("name", "bare"), [("suan", False), ("lightsuan", False), ("lightsuan", True), ("mlp", True)]
+)
 def test_exports_take_any_batch_and_length(
     name: str, bare: bool, layout: Layout, common: Common, tmp_path: Path, settle: Callable
 ) -> None:

@@ -57,10 +57,16 @@ def read_csv(
 
 
 def read_columns(path: Path, columns: Mapping[str, pa.DataType]) -> Columns:
-    """Read a small CSV file whole, as arrays by name; strings stay Arrow arrays' objects."""
+    """Read a small CSV file whole, as arrays by name; strings become Python objects.
+
+    Raises:
+        InputError: see :func:`read_csv`; or there are no rows.
+    """
     table = pa.Table.from_batches(
         read_csv(path, columns), schema=pa.schema([*columns.items()])
     ).combine_chunks()
+    if not table.num_rows:
+        raise InputError(f"{path}: there are no rows")
     return {name: table[name].to_numpy() for name in columns}
 
 
@@ -139,7 +145,12 @@ class History:
         index = np.repeat(begin - offsets[:-1], count) + np.arange(offsets[-1])
         bounds = pa.array(offsets.astype(np.int32))
         columns = {**self.fields, "hist_timestamp": self.time}
-        return {k: pa.ListArray.from_arrays(bounds, pa.array(v[index])) for k, v in columns.items()}
+
+        def values(of: np.ndarray) -> pa.Array:
+            # text needs its type: a part of the log without behaviours shows none
+            return pa.array(of[index], STR if of.dtype == object else None)
+
+        return {k: pa.ListArray.from_arrays(bounds, values(v)) for k, v in columns.items()}
 
 
 class ShardWriter:

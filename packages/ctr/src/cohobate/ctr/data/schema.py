@@ -31,7 +31,7 @@ def hash_ids(values: np.ndarray) -> np.ndarray:
 
     Example:
         >>> hash_ids(np.array([1, 2])) % 1000
-        array([721, 574], dtype=uint64)
+        array([465, 110], dtype=uint64)
     """
     x = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ class DistilSUAN(DistillModule):
 
     def __init__(
         self,
-        layout: Layout | dict[str, Any],
+        layout: Layout,
         student: Network,
         teacher: Network,
         sample_rate: float = 1.0,
@@ -84,8 +84,6 @@ class DistilSUAN(DistillModule):
         weights: Mapping[str, float | Schedule] | None = None,
     ) -> None:
         super().__init__(distill=distill, weights=weights)
-        # a union in the signature, so that a run folder's config gives it back as one value
-        layout = layout if isinstance(layout, Layout) else Layout(**layout)
         if temperature <= 0:
             raise InputError(f"model.temperature {temperature}: must be positive")
         if not train_teacher and teacher_warmup_epochs:

@@ -175,10 +175,12 @@ class SUAN(ClickNetwork):
         if r is None:
             return MaskedReach(self.bias, times, valid, zero_empty=self.compat == "fixed")
         dense_target = candidate and self.dense_target
-        # below a third of the keys the gathered form is the quicker one
-        gathered = self.gathered if self.gathered is not None else 2 * k + tokens // r < tokens // 3
-        if gathered and not dense_target and not torch.compiler.is_exporting():
-            return GatheredReach(self.bias, times, valid, k, r)
+        # an exported graph has one form for every length; the choice would fix a range of them
+        if not dense_target and not torch.compiler.is_exporting():
+            # below a third of the keys the gathered form is the quicker one
+            fewer = 2 * k + tokens // r < tokens // 3
+            if fewer if self.gathered is None else self.gathered:
+                return GatheredReach(self.bias, times, valid, k, r)
         pattern = sparse_pattern(tokens, k, r).to(valid.device)
         if dense_target:
             pattern[-1] = True
