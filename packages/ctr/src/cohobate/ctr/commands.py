@@ -168,7 +168,7 @@ def scaling(
         first_seed: Seeds count from here.
         epochs: Passes over the data.
         student: The network that grows.
-        json: Copy of the result.
+        json: Copy of the result, with the plot beside it.
     """
     from cohobate.ctr.suan.scaling_run import run_scaling
 
@@ -187,9 +187,14 @@ def scaling(
         print(
             f"{name}: a {law['a']:.4f} b {law['b']:.4g} e {law['e']:.3f} R2 {law['r2']:.3f}{error}"
         )
+    command = f"cohobate-ctr scaling OUT --grades [{','.join(grades)}] --rows {list(rows)} "
+    command += f"--seeds {seeds} --first_seed {first_seed} --epochs {epochs} --student {student}"
+    result = {"command": command, **result}
     _write_json(out / "scaling.json", result)
     if json is not None:
         _write_json(json, result)
+        with save_atomic(json.with_suffix(".png")) as temporary:
+            temporary.write_bytes((out / "scaling.png").read_bytes())
     print(out / "scaling.png")
 
 

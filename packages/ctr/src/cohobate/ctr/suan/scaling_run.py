@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import platform
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from cohobate.core import catalog, runs
@@ -135,11 +137,14 @@ def _result(
     }
     scaling_plot(panels, fitted, out / "scaling.png", best=best)
     return {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "rows": _table(rows, auc, parameters, by_rows, by_parameters),
         "data": data.describe(),
         "student": student,
         "epochs": epochs,
         "seeds": seeds,
-        "rows": list(rows),
+        "training_rows": list(rows),
         "best_auc": best,
         "dense_parameters": parameters,
         "auc": auc,
@@ -147,3 +152,31 @@ def _result(
         "by_rows": {name: law.as_dict() for name, law in by_rows.items()},
         "by_parameters": {name: law.as_dict() for name, law in by_parameters.items()},
     }
+
+
+def _table(
+    rows: Sequence[int],
+    auc: dict[str, list[float]],
+    parameters: dict[str, int],
+    by_rows: dict[str, PowerLaw],
+    by_parameters: dict[str, PowerLaw],
+) -> list[dict[str, Any]]:
+    """AUC of each grade with the law over rows, then the laws over parameters."""
+
+    def shown(law: PowerLaw | None) -> dict[str, Any]:
+        if law is None:
+            return {}
+        error = {} if law.last_error is None else {"last point": f"{law.last_error:+.4f}"}
+        return {"limit": round(law.a, 4), "exponent": round(law.e, 3), "R²": round(law.r2, 3),
+                **error}  # fmt: skip
+
+    table: list[dict[str, Any]] = [
+        {
+            "grade": grade,
+            "dense parameters": parameters[grade],
+            **{f"{n} rows": round(v, 4) for n, v in zip(rows, auc[grade], strict=True)},
+            **shown(by_rows.get(grade)),
+        }
+        for grade in auc
+    ]
+    return table + [{"grade": f"all, {name}", **shown(law)} for name, law in by_parameters.items()]
