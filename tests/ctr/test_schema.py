@@ -72,7 +72,7 @@ def test_hashes_of_adjacent_ids_spread() -> None:
 
 FAULTS: list[tuple[Edit, str]] = [
     (lambda s: s.pop("label"), "'label' is missing"),
-    (lambda s: s.update(histroy={}), "unknown key 'histroy', did you mean 'history'"),
+    (lambda s: s.update(histry0={}), "unknown key 'histry0', did you mean 'history'"),
     (lambda s: s["fields"].pop("item"), "fields.item: missing"),
     (lambda s: s["fields"]["item"].pop("size"), "fields.item: size None"),
     (lambda s: s["fields"]["item"].update(size=0), "fields.item: size 0"),

@@ -225,8 +225,8 @@ def retype(column: str, kind: pa.DataType) -> Callable[[dict[str, Any]], None]:
 BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "missing column": (lambda r: r.pop("hour"), "column 'hour' is missing"),
     "misspelt column": (
-        lambda r: r.update(categroy=r.pop("category")),
-        "column 'category' is missing, did you mean 'categroy'",
+        lambda r: r.update(category0=r.pop("category")),
+        "column 'category' is missing, did you mean 'category0'",
     ),
     "text for an identity": (
         retype("category", pa.string()),

@@ -255,7 +255,7 @@ def test_tower(name: str) -> None:
         put(dice.alpha, g[f"dice{i}_alpha"])
         put(dice.mean, g[f"dice{i}_mean"][0])
         put(dice.std, g[f"dice{i}_std"][0])
-        dice.batches.fill_(10_000)  # past the plain average of the first batches
+        dice.batches.fill_(20_000)  # where the average is exponential
     put(tower.out.weight, g["w_out"].T)
     put(tower.out.bias, g["b_out"])
     fill_norm(tower.norm, g, "bn_out_")

@@ -63,7 +63,7 @@ def click_optimizer(
             touches only the rows of a batch (Adagrad always does).
     """
     modules = [m for m in network.modules() if isinstance(m, nn.Embedding)]
-    tables = {id(m.weight): m.weight for m in modules if m.weight.requires_grad}
+    tables = {id(p): p for m in modules for p in m.parameters() if p.requires_grad}
     sparse = any(m.sparse for m in modules)
     if sparse:  # the optimisers' own sparse tensors are sound: say so, or torch warns
         torch.sparse.check_sparse_tensor_invariants.disable()

@@ -201,7 +201,7 @@ def _read_ids(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 _NAMES = {"profile", "candidate", "context", "dense"}
-_PLAIN = {
+_PLAIN: dict[str, type | tuple[type, ...]] = {
     "label": str, "user": str, "time": str, "time_unit": str, "history_time": str, "length": int,
     "valid_from": int, "test_from": int, "sample_rate": (int, float), "about": str,
     "best_auc": float,

@@ -26,8 +26,10 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
 class _Running(nn.Module):
     """Batch statistics in training, running ones in evaluation.
 
-    The running values are the plain average of the batches seen until ``1 / (1 - decay)`` of them,
-    exponential from then on: a short training is not left with the initial zeros and ones.
+    The running values average the last tenth of the batches seen, with weights that fall off
+    smoothly; past ``10 / (1 - decay)`` batches the average is exponential. So a short training is
+    left neither with the initial zeros and ones nor with the statistics of its first batches, when
+    the weights still moved far.
     """
 
     def __init__(self, features: int, decay: float, second: str) -> None:
@@ -43,7 +45,7 @@ class _Running(nn.Module):
     def follow(self, mean: Tensor, second: Tensor) -> None:
         """Take up the statistics of a batch."""
         self.batches += 1
-        share = torch.clamp(1 / self.batches, min=1 - self.decay)
+        share = torch.clamp(10 / (self.batches + 9), min=1 - self.decay)
         self.mean.lerp_(mean, share)
         getattr(self, self.second).lerp_(second, share)
 

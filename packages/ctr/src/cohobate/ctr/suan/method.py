@@ -131,9 +131,10 @@ class DistilSUAN(DistillModule):
         """Load the teacher of stage A; a resumed run overwrites it by its own."""
         if stage != "fit":
             return
-        if not self.distill and isinstance(self.trainer.datamodule, ClickData):
+        data = getattr(self.trainer, "datamodule", None)
+        if not self.distill and isinstance(data, ClickData):
             # the order of the epochs in which a distilled student trains
-            self.trainer.datamodule.first_epoch = self.teacher_warmup_epochs
+            data.first_epoch = self.teacher_warmup_epochs
         if self.teacher is not None and self.teacher_checkpoint is not None:
             path = self.teacher_checkpoint
             path = path / "student.safetensors" if path.is_dir() else path

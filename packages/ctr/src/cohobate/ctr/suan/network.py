@@ -23,8 +23,8 @@ class User(NamedTuple):
     profile: Tensor
     context: Tensor
     dense: Tensor
-    count: Tensor
-    """(B, 1, 1) number of behaviours."""
+    behaviours: Tensor
+    """(B, 1, 1) number of them."""
     total: Tensor
     """(blocks, B, 1, D) sum over behaviours that the gate pools."""
     key: Tensor
@@ -303,7 +303,7 @@ class SUAN(ClickNetwork):
             self.blocks, user.key, user.value, user.total, strict=True
         ):
             reach = _CandidateReach(key, value, bias, own)
-            x = block(x, profile, reach, lambda t, s=total: (s + t) / (user.count + 1))
+            x = block(x, profile, reach, lambda t, s=total: (s + t) / (user.behaviours + 1))
         batch = user.profile.shape[0]
         features = Features(
             user.profile, candidate, user.context, candidate.new_zeros(batch, 0, 1),
