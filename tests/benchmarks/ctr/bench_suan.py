@@ -1,9 +1,13 @@
 """Cost of the SUAN package, and MovieLens against another library's DIN on the same rows.
 
-    python tests/benchmarks/ctr/bench_suan.py OUT.json [--movielens DIR] [--peer PYTHON] [--seeds 3]
+    python tests/benchmarks/ctr/bench_suan.py OUT.json
+    python tests/benchmarks/ctr/bench_suan.py OUT.json --movielens DIR --peer PYTHON --seeds 3
+    python tests/benchmarks/ctr/bench_suan.py OUT.json --permuted --seeds 3
 
 ``--peer`` is a Python with torch-rechub installed; it gets the same training and test rows as
-arrays. Times are CPU seconds of the process at one thread, so that a busy machine does not count.
+arrays. ``--permuted`` trains the default recipe on permuted labels. What is trained is kept beside
+OUT.json until all is done, so that a call that was stopped goes on. Times are CPU seconds of the
+process at one thread, so that a busy machine does not count.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +93,17 @@ def parallel_scoring() -> dict[str, Any]:
     }
 
 
-def movielens(root: Path, seeds: int, peer: str | None) -> dict[str, Any]:
+def kept(path: Path, key: str, make: Callable[[], Any]) -> Any:
+    """The value of ``key`` in a JSON file; made and written when it is not there."""
+    content = json.loads(path.read_text()) if path.exists() else {}
+    if key not in content:
+        content[key] = make()
+        path.write_text(json.dumps(content))
+        print(key, content[key], flush=True)
+    return content[key]
+
+
+def movielens(root: Path, seeds: int, peer: str | None, partial: Path) -> dict[str, Any]:
     """Test AUC after one epoch and training rows a second, every network on the same split."""
     from cohobate.ctr.data import ClickData
 
@@ -97,22 +112,18 @@ def movielens(root: Path, seeds: int, peer: str | None) -> dict[str, Any]:
 
     results: dict[str, Any] = {}
     for name in ("MLP", "DIN", "LightSUAN, 1 block", "SUAN, 1 block", "distilled LightSUAN"):
-        for seed in range(seeds):
-            auc, rows = _train(name, data(seed), seed)
-            results.setdefault(name, []).append({"auc": auc, "rows_per_second": rows})
-            print(name, seed, f"AUC {auc:.4f}, {rows:.0f} rows/s", flush=True)
+        results[name] = [
+            kept(partial, f"{name} {s}", lambda n=name, s=s: _train(n, data(s), s))
+            for s in range(seeds)
+        ]
     if peer is not None:
         with tempfile.TemporaryDirectory() as folder:
             arrays = Path(folder) / "rows.npz"
             _write_arrays(data(0), arrays)
-            for seed in range(seeds):
-                done = subprocess.run(
-                    [peer, __file__, "--run-peer", str(arrays), str(seed)],
-                    capture_output=True, text=True, check=True,
-                )  # fmt: skip
-                for name, found in json.loads(done.stdout.splitlines()[-1]).items():
-                    results.setdefault(name, []).append(found)
-                    print(name, seed, found, flush=True)
+            for s in range(seeds):
+                found = kept(partial, f"peer {s}", lambda s=s: _ask_peer(peer, arrays, s))
+                for name, run in found.items():
+                    results.setdefault(name, []).append(run)
     summary = {
         name: {k: float(np.mean([run[k] for run in found])) for k in ("auc", "rows_per_second")}
         for name, found in results.items()
@@ -126,7 +137,13 @@ def movielens(root: Path, seeds: int, peer: str | None) -> dict[str, Any]:
     }
 
 
-def _train(name: str, data: Any, seed: int) -> tuple[float, float]:
+def _ask_peer(peer: str, arrays: Path, seed: int) -> dict[str, Any]:
+    command = [peer, __file__, "--run-peer", str(arrays), str(seed)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _train(name: str, data: Any, seed: int) -> dict[str, float]:
     """Train through Lightning; returns test AUC and rows a CPU second of the training loop."""
     import lightning.pytorch as pl
 
@@ -159,7 +176,8 @@ def _train(name: str, data: Any, seed: int) -> tuple[float, float]:
     trainer.fit(model, datamodule=data)
     seconds = time.process_time() - start
     rows = data.rows("train").rows * trainer.current_epoch
-    return float(trainer.test(model, datamodule=data, verbose=False)[0]["test/auc"]), rows / seconds
+    auc = trainer.test(model, datamodule=data, verbose=False)[0]["test/auc"]
+    return {"auc": float(auc), "rows_per_second": rows / seconds}
 
 
 def _write_arrays(data: Any, path: Path) -> None:
@@ -248,6 +266,26 @@ def run_peer(path: str, seed: int) -> None:
     print(json.dumps(results))
 
 
+def permuted(seeds: int, partial: Path) -> dict[str, Any]:
+    """Test AUC of student and teacher of the default recipe when labels are permuted."""
+    from cohobate.core import catalog, runs
+
+    options = ["--data.permute_labels=true", "--trainer.enable_progress_bar=false"]
+
+    def run(seed: int) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            words = [*options, f"--seed_everything={seed}"]
+            info = runs.fit(catalog.find("ctr/suan"), words, out=Path(folder) / "run")[0].info
+        return {
+            "seed": seed,
+            "distilled LightSUAN, test AUC": round(info["test"]["test/auc"], 4),
+            "teacher, test AUC": round(info["test"]["test/teacher_auc"], 4),
+            "data": f"{info['data']}, training labels permuted",
+        }
+
+    return {"rows": [kept(partial, f"seed {s}", lambda s=s: run(s)) for s in range(seeds)]}
+
+
 def rows_of_parts(*parts: dict[str, Any]) -> list[dict[str, Any]]:
     """One row for each timed way: its CPU seconds, and how many times quicker than the first."""
     rows = []
@@ -273,30 +311,37 @@ def main() -> None:
     parser.add_argument("--movielens", type=Path)
     parser.add_argument("--peer")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--permuted", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     command = "python tests/benchmarks/ctr/bench_suan.py " + asked.out.name
     details: dict[str, Any] = {}
-    if asked.movielens is None:
-        rows = rows_of_parts(sparse_attention(), parallel_scoring())
-    else:
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    partial = asked.out.with_suffix(".partial")
+    if asked.permuted:
+        command += f" --permuted --seeds {asked.seeds}"
+        details = permuted(asked.seeds, partial)
+    elif asked.movielens is not None:
         command += f" --movielens {asked.movielens.name} --peer PYTHON --seeds {asked.seeds}"
-        details = movielens(asked.movielens, asked.seeds, asked.peer)
-        rows = [
+        details = movielens(asked.movielens, asked.seeds, asked.peer, partial)
+        details["rows"] = [
             {"network": name, "test AUC": round(found["auc"], 4),
+             "lowest": round(min(run["auc"] for run in details["runs"][name]), 4),
+             "highest": round(max(run["auc"] for run in details["runs"][name]), 4),
              "training rows per CPU second": round(found["rows_per_second"])}
             for name, found in details["mean"].items()
         ]  # fmt: skip
+    else:
+        details["rows"] = rows_of_parts(sparse_attention(), parallel_scoring())
     content = {
         "command": command,
         "machine": f"{platform.machine()}, one thread",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "rows": rows,
         **details,
     }
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
     asked.out.write_text(json.dumps(content, indent=2) + "\n")
-    print(json.dumps(rows, indent=2))
+    partial.unlink(missing_ok=True)
+    print(json.dumps(details["rows"], indent=2))
 
 
 if __name__ == "__main__":
