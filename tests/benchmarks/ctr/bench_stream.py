@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 import torch
 
-BATCH, LENGTH = 4096, 8
+BATCH, LENGTH, HEAD = 8192, 8, 16
 FIT = """
 import sys
 from pathlib import Path
@@ -40,8 +40,8 @@ def options(work: Path) -> list[str]:
     """What both runs are started with."""
     return [
         f"--data.root={work / 'clicks'}", f"--data.batch_size={BATCH}", "--trainer.max_epochs=1",
-        "--checkpoint_steps=250", "--trainer.enable_progress_bar=false",
-        "--trainer.log_every_n_steps=50",
+        f"--model.common.head=[{HEAD}]", "--checkpoint_steps=250", "--trainer.enable_progress_bar=false",
+        "--trainer.log_every_n_steps=20",
     ]  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def report(work: Path, rows: int, out: Path) -> None:
         "machine": f"{platform.machine()}, one thread",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "data": info["data"],
-        "setting": f"arm mlp, batch {BATCH}, L {LENGTH}, {info['steps']} steps, shuffled",
+        "setting": f"arm mlp, head {HEAD}, batch {BATCH}, L {LENGTH}, {info['steps']} steps, shuffled",
         "bytes_on_disk": sum(p.stat().st_size for p in (work / "clicks").rglob("*.parquet")),
         "test": info["test"],
         "killed_and_resumed_equals_whole": True,
