@@ -39,9 +39,9 @@ runs.fit(recipe, sys.argv[3:], arm=recipe.paper.arms[sys.argv[1]], out=Path(sys.
 def options(work: Path) -> list[str]:
     """What both runs are started with."""
     return [
-        f"--data.root={work / 'clicks'}", f"--data.batch_size={BATCH}", "--trainer.max_epochs=1",
-        f"--model.common.head=[{HEAD}]", "--checkpoint_steps=250", "--trainer.enable_progress_bar=false",
-        "--trainer.log_every_n_steps=20",
+        f"--data.root={work / 'clicks'}", f"--data.batch_size={BATCH}",
+        f"--model.common.head=[{HEAD}]", "--checkpoint_steps=250", "--trainer.max_epochs=1",
+        "--trainer.log_every_n_steps=20", "--trainer.enable_progress_bar=false",
     ]  # fmt: skip
 
 
@@ -134,7 +134,8 @@ def report(work: Path, rows: int, out: Path) -> None:
         "machine": f"{platform.machine()}, one thread",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "data": info["data"],
-        "setting": f"arm mlp, head {HEAD}, batch {BATCH}, L {LENGTH}, {info['steps']} steps, shuffled",
+        "setting": f"arm mlp, head {HEAD}, batch {BATCH}, L {LENGTH}, {info['steps']} steps, "
+        "shuffled",
         "bytes_on_disk": sum(p.stat().st_size for p in (work / "clicks").rglob("*.parquet")),
         "test": info["test"],
         "killed_and_resumed_equals_whole": True,
