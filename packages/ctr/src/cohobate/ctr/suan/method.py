@@ -131,8 +131,8 @@ class DistilSUAN(DistillModule):
         """Load the teacher of stage A; a resumed run overwrites it by its own."""
         if stage != "fit":
             return
-        data = getattr(self.trainer, "datamodule", None)
-        if not self.distill and isinstance(data, ClickData):
+        data = None if self.distill else getattr(self.trainer, "datamodule", None)
+        if isinstance(data, ClickData):
             # the order of the epochs in which a distilled student trains
             data.first_epoch = self.teacher_warmup_epochs
         if self.teacher is not None and self.teacher_checkpoint is not None:
