@@ -89,10 +89,10 @@ class DualShutterData(pl.LightningDataModule):
             self.pairs = _from_clip(self.clip or embedded_clip(), self.readout)
 
     def train_dataloader(self) -> ResumableLoader:
-        """Crops: ``images`` ``(B, 2, 3, h, w)``, ``frames`` ``(B, 3, 3, h, w)`` where there is truth.
+        """Crops: ``images`` ``(B, 2, 3, h, w)``, with truth also ``frames`` ``(B, 3, 3, h, w)``.
 
-        With them ``time`` ``(B,)`` of the middle frame, ``top`` ``(B,)``, the crop's first row, and
-        ``rows`` ``(B,)`` of the whole image.
+        Beside them ``time`` ``(B,)`` of the middle frame, ``top`` ``(B,)``, the crop's first row,
+        and ``rows`` ``(B,)`` of the whole image.
         """
         crops = Crops(self.pairs["train"], self.patch)
         sampler = EpochSampler(len(crops), seed=self.seed, num_samples=self.epoch_pairs)

@@ -136,7 +136,7 @@ def order(inputs: Sequence[Path]) -> tuple[Path, Path]:
         raise InputError(
             f"{inputs[0]}: needs its partner; give the t2b and then the b2t picture or clip"
             if len(inputs) == 1
-            else f"{len(inputs)} inputs: give two pictures or clips, t2b and then b2t, or one folder"
+            else f"{len(inputs)} inputs: give two pictures or clips, t2b then b2t, or one folder"
         )
     for path, own, other in zip(inputs, ("t2b", "b2t"), ("b2t", "t2b"), strict=True):
         if other in path.stem.lower() and own not in path.stem.lower():
