@@ -136,9 +136,8 @@ def pairs_of_clip(clip: Iterable[np.ndarray], readout: Readout) -> Iterator[Synt
     Raises:
         InputError: The clip is shorter than one readout.
     """
-    window: list[np.ndarray] = []  # after upsampling
-    cuts: list[bool] = []
-    seen = made = need = step = 0
+    window: list[tuple[np.ndarray, bool]] = []  # after upsampling; whether a cut lies before it
+    seen = made = need = step = skip = 0
     before: np.ndarray | None = None
     for picture in clip:
         seen += 1
@@ -146,20 +145,26 @@ def pairs_of_clip(clip: Iterable[np.ndarray], readout: Readout) -> Iterator[Synt
         if before is None:
             need = frames_needed(len(picture), readout.row_gap, readout.exposure)
             step = (readout.stride or readout.source_frames(len(picture))) * readout.upsample
-            new = [picture]
+            new, cut = [picture], False
         else:
             cut = bool(np.abs(picture.astype(np.int16) - before).mean() > readout.cut)
             new = [*between(before, picture, readout.upsample), picture]
-            cuts += [cut] * len(new)
-        window, before = [*window, *new], picture
-        while len(window) >= need:
+        before = picture
+        window += [(frame, cut) for frame in new]
+        while len(window) - skip >= need:
+            window = window[skip:]
             made += 1
-            if not any(cuts[: need - 1]):
+            if not any(cut for _, cut in window[1:need]):
                 yield synthesise(
-                    np.stack(window[:need]), row_gap=readout.row_gap, exposure=readout.exposure,
-                    frames=readout.frames, gamma=readout.gamma,
-                )  # fmt: skip
-            window, cuts = window[step:], cuts[step:]
+                    np.stack([frame for frame, _ in window[:need]]),
+                    row_gap=readout.row_gap,
+                    exposure=readout.exposure,
+                    frames=readout.frames,
+                    gamma=readout.gamma,
+                )
+            skip = step
+        if skip >= len(window):  # dead time is not kept
+            window, skip = [], skip - len(window)
     if not made:
         raise InputError(
             f"{seen} frames of {seen and len(picture)} rows, but one readout takes "
