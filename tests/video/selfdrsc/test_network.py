@@ -76,7 +76,8 @@ def test_tiny_starts_at_the_plain_average_and_learns() -> None:
     network = preset("tiny")
     assert 300_000 < sum(p.numel() for p in network.parameters()) < 400_000
     images = torch.rand(2, 2, 3, 32, 48)
-    out = network.correct(images, encoding(row_times(32), torch.tensor([0.25])))
+    maps = encoding(row_times(32), torch.tensor([0.25])).expand(2, -1, -1, -1)
+    out = network.correct(images, maps)
     average = images.mean(1, keepdim=True).expand(-1, 3, -1, -1, -1)
     torch.testing.assert_close(out.frames, average)
     assert all((flow == 0).all() for flow in out.flows)
