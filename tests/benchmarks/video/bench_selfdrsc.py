@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--official", type=Path, default=os.environ.get("OFFICIAL_SELFDRSC"))
     parser.add_argument("--out", type=Path, default=ROOT / "docs/results/bench-selfdrsc.json")
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--rows", default="network,reconstruction,clip")
+    parser.add_argument("--rows", default="network,reconstruction,step,clip")
     parser.add_argument("--frames", type=int, default=250, help="of the 720p clip")
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -58,6 +58,8 @@ def main() -> None:
         rows.append(network_row(official, asked.repeat))
     if "reconstruction" in chosen:
         rows.append(reconstruction_row(official, asked.repeat))
+    if "step" in chosen:
+        rows.append(step_row(official, asked.repeat))
     if "clip" in chosen:
         rows.append(clip_row(asked.frames))
     before = json.loads(asked.out.read_text())["rows"] if asked.out.exists() else []
@@ -150,6 +152,35 @@ def reconstruction_row(official: SimpleNamespace | None, repeat: int) -> Row:
         actions.append(there)
     return compared(
         f"reconstruction, forward + backward, {SIZE}²", *_padded(alternate(repeat, *actions))
+    )
+
+
+def step_row(official: SimpleNamespace | None, repeat: int) -> Row:
+    """Network and reconstruction together, with given flows between the frames."""
+    own = CorrectionNet()
+    images, flows = torch.rand(1, 2, 3, SIZE, SIZE), 3 * torch.randn(1, 6, 2, SIZE, SIZE)
+    times, target = row_times(SIZE), torch.tensor([0.375])
+    maps = encoding(times, target)
+    wide = maps.expand(-1, -1, -1, SIZE).contiguous()
+
+    def here() -> None:
+        own.zero_grad()
+        frames = own(images, maps)
+        losses.reconstruct(frames, flows, times, target).images.square().mean().backward()
+
+    actions = [here]
+    if official is not None:
+        theirs = official.network()
+
+        def there() -> None:
+            theirs.zero_grad()
+            frames = theirs(images, wide)[0].unflatten(1, (3, 3))
+            official_reconstruction(official, frames, flows).square().mean().backward()
+
+        actions.append(there)
+    return compared(
+        f"network + reconstruction, forward + backward, {SIZE}²",
+        *_padded(alternate(repeat, *actions)),
     )
 
 

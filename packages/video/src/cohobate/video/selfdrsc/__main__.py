@@ -8,8 +8,7 @@ import torch
 import yaml
 from jsonargparse import CLI
 
-from cohobate.core.cli import guard
-from cohobate.core.errors import InputError
+from cohobate.core.errors import InputError, guard
 from cohobate.core.io import save_atomic
 from cohobate.core.runs import RunFolder, load_run
 from cohobate.video.selfdrsc.checkpoint import load_official, save_official

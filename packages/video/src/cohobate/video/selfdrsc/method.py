@@ -165,7 +165,7 @@ class SelfDRSC(DistillModule):
         assert outputs.wanted is not None
         return losses.self_distillation(outputs.out.frames, outputs.wanted, self.features)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """AdamW with a cosine from ``lr`` to ``min_lr`` over the whole training."""
         optimizer = torch.optim.AdamW(
             self.network.parameters(), self.lr, weight_decay=self.weight_decay
@@ -274,7 +274,8 @@ class SelfDRSC(DistillModule):
             return
         shown = [(255 * x).round().byte().permute(0, 2, 3, 1).numpy() for x in self._example]
         times = times_of(len(shown[1]), None)
-        overview(out / "frames.png", shown[0], shown[1], times, *shown[2:])
+        truth = shown[2] if len(shown) > 2 else None
+        overview(out / "frames.png", shown[0], shown[1], times, truth)
 
 
 class _Outputs(NamedTuple):
@@ -295,7 +296,8 @@ class _Between(Teacher):
     def answer(self, frames: Tensor) -> Tensor:
         """Flows ``(B, 6, 2, H, W)`` of `losses.PAIRS`, float32."""
         with torch.autocast(frames.device.type, enabled=False):
-            return self.networks[0].pairs(frames.float(), losses.PAIRS)
+            estimator: Any = self.networks[0]
+            return estimator.pairs(frames.float(), losses.PAIRS)
 
 
 def _features(weights: Path | None, weight: float) -> FrozenTeacher | None:
