@@ -103,7 +103,7 @@ def contrast_semi_bags(
     background = _inside(k, audio.top.shape[1])
     normal = background & ~violent[:, None]
 
-    def nce(query: Tensor, positive: Tensor, negatives: Tensor) -> Tensor:
+    def term(query: Tensor, positive: Tensor, negatives: Tensor) -> Tensor:
         return info_nce(
             query[violent],
             positive[violent],
@@ -114,10 +114,10 @@ def contrast_semi_bags(
         )
 
     return Contrast(
-        nce(audio.mean, visual.mean, visual.bottom[background]),
-        nce(audio.mean, visual.mean, visual.top[normal]),
-        nce(visual.mean, audio.mean, audio.bottom[background]),
-        nce(visual.mean, audio.mean, audio.top[normal]),
+        term(audio.mean, visual.mean, visual.bottom[background]),
+        term(audio.mean, visual.mean, visual.top[normal]),
+        term(visual.mean, audio.mean, audio.bottom[background]),
+        term(visual.mean, audio.mean, audio.top[normal]),
     )
 
 
@@ -168,7 +168,7 @@ def merge_(network: nn.Module, partner: nn.Module, m: float) -> list[str]:
     """
     theirs = dict(partner.named_parameters())
     names = [n for n, p in network.named_parameters() if n in theirs and p.shape == theirs[n].shape]
-    own = [network.get_parameter(name) for name in names]
+    own: list[Tensor] = [network.get_parameter(name) for name in names]
     torch._foreach_lerp_(own, [theirs[name] for name in names], 1 - m)
     return names
 
