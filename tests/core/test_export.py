@@ -29,11 +29,13 @@ def test_the_hub_layout_is_complete(trained: Path, tmp_path: Path) -> None:
     assert "| test/loss |" in card
 
 
-def test_onnx_keeps_the_batch_open(tmp_path: Path) -> None:
-    path = to_onnx(nn.Linear(3, 2), (torch.zeros(1, 3),), tmp_path / "x.onnx")
+@pytest.mark.parametrize("axes", [{0: "batch"}, {1: "length"}, {0: "batch", 1: "length"}])
+def test_onnx_keeps_axes_open(tmp_path: Path, axes: dict[int, str]) -> None:
+    path = to_onnx(nn.Linear(3, 2), (torch.zeros(1, 1, 3),), tmp_path / "x.onnx", open_axes=(axes,))
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    out = session.run(None, {session.get_inputs()[0].name: torch.zeros(7, 3).numpy()})
-    assert out[0].shape == (7, 2)
+    shape = [7 if axis in axes else 1 for axis in (0, 1)]
+    out = session.run(None, {session.get_inputs()[0].name: torch.zeros(*shape, 3).numpy()})
+    assert out[0].shape == (*shape, 2)
 
 
 def test_a_file_that_disagrees_is_an_error_and_not_written(tmp_path: Path, monkeypatch) -> None:
@@ -44,12 +46,12 @@ def test_a_file_that_disagrees_is_an_error_and_not_written(tmp_path: Path, monke
             return [type("I", (), {"name": "x"})]
 
         def run(self, *args):
-            return [torch.ones(2, 2).numpy()]
+            return [torch.ones(1, 2).numpy()]
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", Wrong)
     network = nn.Linear(3, 2, bias=False)
     with pytest.raises(InputError, match=r"x\.onnx: ONNX Runtime differs"):
-        to_onnx(network, (torch.zeros(1, 3),), tmp_path / "x.onnx")
+        to_onnx(network, (torch.zeros(1, 3),), tmp_path / "x.onnx", open_axes=({0: "batch"},))
     assert list(tmp_path.iterdir()) == []
 
 

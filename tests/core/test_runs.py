@@ -57,6 +57,18 @@ def test_plain_lightning_reads_the_config(trained: Path) -> None:
     assert config["model"]["init_args"]["width"] == 8
 
 
+def test_what_came_from_the_data_is_read_back(trained: Path, fit) -> None:
+    config = yaml.safe_load((trained / "config.yaml").read_text())
+    assert config["model"]["init_args"]["bounds"] == {"low": -4.0, "high": 5.0}
+    assert runs.load_run(trained).bounds.high == 5.0
+    fit(trained)  # finished: its config is read and agreed to
+
+
+def test_validation_may_be_rarer_than_epochs(fit, tmp_path: Path) -> None:
+    out = fit(tmp_path / "run", "--trainer.check_val_every_n_epoch=2", "--trainer.max_epochs=3")
+    assert load_checkpoint(out / "best.ckpt")["epoch"] == 1
+
+
 def test_the_same_seed_gives_the_same_run(trained: Path, fit, tmp_path: Path) -> None:
     assert_same_run(fit(tmp_path / "again"), trained)
 

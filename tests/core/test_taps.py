@@ -30,6 +30,15 @@ def test_takes_outputs_inputs_and_tuple_entries_with_their_graph() -> None:
     assert first.shape == (4, 3)
 
 
+def test_a_shared_layer_is_found_by_each_of_its_names() -> None:
+    layer = nn.Linear(2, 2)
+    network = nn.Sequential(layer, layer)
+    x = torch.randn(1, 2)
+    with Taps(network, {"again": "1"}) as taps:
+        out = network(x)
+        assert torch.equal(taps["again"], out)
+
+
 def test_nothing_stays_after_the_block() -> None:
     network = net()
     taps = Taps(network, {"out": "0"})

@@ -80,16 +80,16 @@ def loop_over_bags(
                 normal[kind] += list(top)
     unit = torch.nn.functional.normalize
 
-    def nce(query: list[Tensor], positive: list[Tensor], negatives: list[Tensor]) -> Tensor:
+    def term(query: list[Tensor], positive: list[Tensor], negatives: list[Tensor]) -> Tensor:
         q, p, z = (unit(torch.stack(rows), dim=-1) for rows in (query, positive, negatives))
         logits = torch.cat(((q * p).sum(1, keepdim=True), q @ z.T), 1) / 0.1
         return -logits.log_softmax(1)[:, 0].mean()
 
     return [
-        nce(high["a"], high["v"], low["v"]),
-        nce(high["a"], high["v"], normal["v"]),
-        nce(high["v"], high["a"], low["a"]),
-        nce(high["v"], high["a"], normal["a"]),
+        term(high["a"], high["v"], low["v"]),
+        term(high["a"], high["v"], normal["v"]),
+        term(high["v"], high["a"], low["a"]),
+        term(high["v"], high["a"], normal["a"]),
     ]
 
 

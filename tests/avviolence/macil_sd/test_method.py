@@ -212,7 +212,7 @@ def test_bad_options_end_in_one_line(tmp_path: Path) -> None:
     assert_one_line(
         run_command(*words, "--data.root", tmp_path), tmp_path.name, "neither labels.csv"
     )
-    assert_one_line(run_command(*words, "--model.hiden", "3"), "hiden")
+    assert_one_line(run_command(*words, "--model.unheard_of", "3"), "unheard_of")
 
 
 @pytest.mark.parametrize(("name", "path"), recipes("avviolence"))

@@ -132,16 +132,16 @@ def loop(
                 pools[kind + "0"].append(top)
     rows = {name: F.normalize(torch.cat(parts), dim=-1) for name, parts in pools.items()}
 
-    def nce(query: str, positive: str, negatives: str) -> Tensor:
+    def loss(query: str, positive: str, negatives: str) -> Tensor:
         q, p, z = rows[query], rows[positive], rows[negatives]
         logits = torch.cat(((q * p).sum(1, keepdim=True), q @ z.T), 1) / 0.1
         return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long))
 
     return [
-        nce("a+", "v+", "v-"),
-        nce("a+", "v+", "v0"),
-        nce("v+", "a+", "a-"),
-        nce("v+", "a+", "a0"),
+        loss("a+", "v+", "v-"),
+        loss("a+", "v+", "v0"),
+        loss("v+", "a+", "a-"),
+        loss("v+", "a+", "a0"),
     ]
 
 

@@ -444,7 +444,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     arms = list(result["arms"])
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(3.4 * len(result["metrics"]), 3.2), layout="constrained")
+        width = max(3.4 * len(result["metrics"]), 5.0)  # the title needs that much
+        figure = Figure(figsize=(width, 3.2), layout="constrained")
         FigureCanvasAgg(figure)
         for place, metric in enumerate(result["metrics"]):
             axes = figure.add_subplot(1, len(result["metrics"]), place + 1)

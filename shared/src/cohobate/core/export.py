@@ -45,7 +45,8 @@ def export(
     if push is not None and kind != "hub":
         raise InputError("--push uploads the Hub layout: add --format hub")
     if kind == "onnx":
-        return [to_onnx(model.student, model.example_input(), folder / "student.onnx")]
+        path = folder / "student.onnx"
+        return [to_onnx(model.student, model.example_input(), path, open_axes=model.open_axes())]
     config = read_run_config(file.parent)
     written = _weights_and_config(model, config, RunFolder(file.parent), folder)
     if kind == "hub":
@@ -82,16 +83,18 @@ def to_onnx(
     inputs: tuple[Tensor, ...],
     path: Path,
     *,
-    dynamic_batch: bool = True,
+    open_axes: tuple[dict[int, str], ...],
     tolerance: float = 1e-3,
 ) -> Path:
     """Export a network to ONNX and check the file against it in ONNX Runtime.
 
+    The check is done on the example and on one twice as long in every open axis.
+
     Args:
         network: The network; exported in eval mode on the CPU.
-        inputs: Example inputs, batch first.
+        inputs: Example inputs.
         path: The file.
-        dynamic_batch: Leave the batch size open.
+        open_axes: For each input its axes of any size, by name, as `DistillModule.open_axes` gives.
         tolerance: Largest difference allowed, relative to the largest output (at least 1).
 
     Returns:
@@ -102,22 +105,33 @@ def to_onnx(
     """
     network = network.cpu().eval()
     inputs = tuple(x.detach().cpu() for x in inputs)
-    # An example of batch 1 would be taken for a constant where the batch shall stay open.
-    if dynamic_batch:
-        inputs = tuple(torch.cat([x, x.flip(0)]) if x.shape[0] == 1 else x for x in inputs)
-    batch = torch.export.Dim("batch", min=1)
-    shapes = tuple({0: batch} for _ in inputs) if dynamic_batch else None
+    dims = {name: torch.export.Dim(name, min=1) for axes in open_axes for name in axes.values()}
+    shapes = tuple({axis: dims[name] for axis, name in axes.items()} for axes in open_axes)
+    # an example of size 1 would be taken for a constant where the axis shall stay open
+    twice = _doubled(inputs, open_axes)
     for name in ("onnxscript", "torch.onnx"):  # what it skips because it is not installed
         logging.getLogger(name).setLevel(logging.ERROR)
     with save_atomic(path) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's notes on its own internals
         program = torch.onnx.export(
-            network, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False, external_data=False
+            network, twice, dynamo=True, dynamic_shapes=shapes, verbose=False, external_data=False
         )
         assert program is not None
         program.save(temporary, external_data=False)
-        _check_onnx(network, inputs, temporary, path, tolerance)
+        for example in (inputs, twice):
+            _check_onnx(network, example, temporary, path, tolerance)
     return path
+
+
+def _doubled(
+    inputs: tuple[Tensor, ...], open_axes: tuple[dict[int, str], ...]
+) -> tuple[Tensor, ...]:
+    found = []
+    for x, axes in zip(inputs, open_axes, strict=True):
+        for axis in axes:
+            x = torch.cat([x, x.flip(axis)], axis)
+        found.append(x)
+    return tuple(found)
 
 
 def _check_onnx(

@@ -61,6 +61,13 @@ class DistillModule(pl.LightningModule):
     def example_input(self) -> tuple[Tensor, ...]:
         """Inputs of the student with batch size 1, for export and shape checks."""
 
+    def open_axes(self) -> tuple[dict[int, str], ...]:
+        """Axes of each example input that an exported graph leaves open, by name.
+
+        Axes of one name have one size. Default: the batch.
+        """
+        return tuple({0: "batch"} for _ in self.example_input())
+
     @abstractmethod
     def forward_train(self, batch: Any) -> Any:
         """One forward pass in training; returns whatever the losses need."""

@@ -132,10 +132,12 @@ class Recipe(LightningCLI):
         self._trainer_parts = trainer_parts
         self._classes = {key: config[key]["class_path"] for key in ("model", "data")}
         short = {k: v for k, v in config.items() if k != "init_from"}
-        for key in ("model", "data"):
-            short[key] = config[key].get("init_args", {})
         model = model_class(config)
         data = import_class(self._classes["data"])
+        for key in ("model", "data"):
+            short[key] = config[key].get("init_args", {})
+        # A run's config.yaml also holds what the model took from the data; it takes it again.
+        short["model"] = {k: v for k, v in short["model"].items() if k not in model.from_data}
         with tempfile.NamedTemporaryFile("w", suffix=".yaml") as defaults:
             yaml.safe_dump(short, defaults)
             defaults.flush()

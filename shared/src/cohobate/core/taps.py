@@ -39,7 +39,7 @@ class Taps:
 
     def __init__(self, network: nn.Module, paths: Mapping[str, str]) -> None:
         self._layers: dict[str, tuple[nn.Module, str]] = {}
-        modules = dict(network.named_modules())
+        modules = dict(network.named_modules(remove_duplicate=False))  # every name of a layer
         for name, path in paths.items():
             layer, _, what = path.partition(":")
             if layer not in modules:

@@ -103,7 +103,7 @@ def contrast_semi_bags(
     background = _inside(k, audio.top.shape[1])
     normal = background & ~violent[:, None]
 
-    def nce(query: Tensor, positive: Tensor, negatives: Tensor) -> Tensor:
+    def term(query: Tensor, positive: Tensor, negatives: Tensor) -> Tensor:
         return info_nce(
             query[violent],
             positive[violent],
@@ -114,10 +114,10 @@ def contrast_semi_bags(
         )
 
     return Contrast(
-        nce(audio.mean, visual.mean, visual.bottom[background]),
-        nce(audio.mean, visual.mean, visual.top[normal]),
-        nce(visual.mean, audio.mean, audio.bottom[background]),
-        nce(visual.mean, audio.mean, audio.top[normal]),
+        term(audio.mean, visual.mean, visual.bottom[background]),
+        term(audio.mean, visual.mean, visual.top[normal]),
+        term(visual.mean, audio.mean, audio.bottom[background]),
+        term(visual.mean, audio.mean, audio.top[normal]),
     )
 
 

@@ -135,6 +135,10 @@ class MACILSD(DistillModule):
         """One bag of 32 snippets."""
         return tuple(torch.randn(1, 32, width) for width in self.widths)
 
+    def open_axes(self) -> tuple[dict[int, str], ...]:
+        """Videos have any number of snippets."""
+        return ({0: "batch", 1: "snippets"},) * 2
+
     # --- training ----------------------------------------------------------------------------
 
     def forward_train(self, batch: dict[str, Tensor]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class DSD(DistillModule):
         in_channels: Channels of the image; from the data.
         class_names: Names of the classes; from the data.
         roi_size: Size of a patch and of the sliding window; from the data.
-        preprocess: Preprocessing, kept for prediction; from the data. ``None`` is the default one.
+        preprocess: Preprocessing, kept for prediction; from the data.
         backbone: A MONAI network by name, or any module ``(B, C, *S) → (B, K, *S)`` by class_path.
         backbone_args: Arguments of a network given by name, see `cohobate.medseg.nets.build`.
         encoder: Module paths of E₁ … E_Z, for a class without preset.
@@ -90,7 +90,7 @@ class DSD(DistillModule):
         in_channels: int,
         class_names: list[str],
         roi_size: tuple[int, ...],
-        preprocess: Preprocess | None,
+        preprocess: Preprocess,
         backbone: nets.Backbone | nn.Module = "dynunet",
         backbone_args: dict[str, Any] | None = None,
         encoder: list[str] | None = None,
@@ -138,7 +138,7 @@ class DSD(DistillModule):
                 self.student_weights[side] = nn.Parameter(torch.ones(students))
         self.segmenter = Segmenter(
             self.student,
-            preprocess or Preprocess(),
+            preprocess,
             in_channels,
             class_names,
             roi_size,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -36,6 +37,19 @@ class Cloud(Dataset):
         return torch.as_tensor(x, dtype=torch.float32), int(self.label[index])
 
 
+@dataclass(frozen=True)
+class Range:
+    """What the data says of itself.
+
+    Args:
+        low: Least value.
+        high: Largest value.
+    """
+
+    low: float = -4.0
+    high: float = 4.0
+
+
 class Points(pl.LightningDataModule):
     """Two clouds of points.
 
@@ -59,7 +73,7 @@ class Points(pl.LightningDataModule):
         self.samples, self.batch_size, self.seed, self.workers = samples, batch_size, seed, workers
         if root is not None and not root.is_dir():
             raise InputError(f"{root}: no such folder")
-        self.features = 4
+        self.features, self.bounds = 4, Range(high=5.0)
 
     def describe(self) -> str:
         return "SYNTHETIC points"
@@ -83,6 +97,7 @@ class Tiny(DistillModule):
 
     Args:
         features: Number of inputs, from the data.
+        bounds: Range of the inputs, from the data.
         width: Hidden units.
         decay: Decay of the teacher.
         distill: Whether to distil.
@@ -90,13 +105,14 @@ class Tiny(DistillModule):
         dropout: Dropout rate.
     """
 
-    from_data = ("features",)
+    from_data = ("features", "bounds")
     monitor = "val/accuracy"
     mode = "max"
 
     def __init__(
         self,
         features: int,
+        bounds: Range = Range(),
         width: int = 8,
         decay: float = 0.9,
         distill: bool = True,
@@ -107,7 +123,7 @@ class Tiny(DistillModule):
         layers = (nn.Linear(features, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, 2))
         self.net = nn.Sequential(*layers)
         self.teacher = EMATeacher(self.net, decay)
-        self.features, self.lr = features, lr
+        self.features, self.bounds, self.lr = features, bounds, lr
 
     @property
     def student(self) -> nn.Module:
