@@ -26,13 +26,17 @@ def read_sweep(path: Path, columns: int | None = None) -> np.ndarray:
     columns = columns or (5 if path.name.endswith(".pcd.bin") else 4)
     numbers = np.frombuffer(_bytes(path), np.uint8)
     if numbers.size % (4 * columns):
-        raise InputError(f"{path}: {numbers.size} bytes are no multiple of {columns} float32; cut off?")
+        raise InputError(
+            f"{path}: {numbers.size} bytes are no multiple of {columns} float32; cut off?"
+        )
     points = numbers.view(np.float32).reshape(-1, columns)[:, :4].copy()
     if not len(points):
         raise InputError(f"{path}: no points")
     bad = ~np.isfinite(points).all(1)
     if bad.any():
-        raise InputError(f"{path}: point {bad.argmax()} is not finite ({bad.sum()} of {len(points)})")
+        raise InputError(
+            f"{path}: point {bad.argmax()} is not finite ({bad.sum()} of {len(points)})"
+        )
     return points
 
 

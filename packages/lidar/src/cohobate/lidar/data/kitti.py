@@ -49,10 +49,15 @@ def semantic_frames(root: Path, split: str, every: int = 1) -> list[Frame]:
     sweeps = [path for folder in folders for path in sorted((folder / "velodyne").glob("*.bin"))]
     if not sweeps:
         raise InputError(f"{base / 'sequences'}: no velodyne/*.bin of the split '{split}'")
-    return [_semantic_frame(path) for path in sweeps[::every]]
+    return [semantic_frame(path) for path in sweeps[::every]]
 
 
-def _semantic_frame(sweep: Path) -> Frame:
+def semantic_frame(sweep: Path) -> Frame:
+    """The frame of a sweep of SemanticKITTI.
+
+    Args:
+        sweep: ``…/NN/velodyne/NNNNNN.bin``.
+    """
     folder, name = sweep.parent.parent, sweep.stem
     labels, image = folder / "labels" / f"{name}.label", folder / "image_2" / f"{name}.png"
     cameras: tuple[Camera, ...] = ()
@@ -77,16 +82,25 @@ def object_frames(root: Path, split: str = "training") -> list[Frame]:
     sweeps = sorted((folder / "velodyne").glob("*.bin"))
     if not sweeps:
         raise InputError(f"{folder / 'velodyne'}: no *.bin")
-    frames = []
-    for sweep in sweeps:
-        calibration = folder / "calib" / f"{sweep.stem}.txt"
-        found = read_calibration(calibration, "P2", "R0_rect", "Tr_velo_to_cam")
-        rectify = np.eye(4)
-        rectify[:3, :3] = found["R0_rect"]
-        to_camera = rectify @ np.vstack([found["Tr_velo_to_cam"], [0, 0, 0, 1]])
-        camera = _camera(sweep.stem, folder / "image_2" / f"{sweep.stem}.png", found["P2"], to_camera)
-        frames.append(Frame(sweep.stem, sweep.stem, sweep, None, (camera,)))
-    return frames
+    return [object_frame(sweep) for sweep in sweeps]
+
+
+def object_frame(sweep: Path) -> Frame:
+    """The frame of a sweep of KITTI object.
+
+    Args:
+        sweep: ``…/training/velodyne/NNNNNN.bin``.
+
+    Raises:
+        InputError: Its image or calibration is missing.
+    """
+    folder, name = sweep.parent.parent, sweep.stem
+    found = read_calibration(folder / "calib" / f"{name}.txt", "P2", "R0_rect", "Tr_velo_to_cam")
+    rectify = np.eye(4)
+    rectify[:3, :3] = found["R0_rect"]
+    to_camera = rectify @ np.vstack([found["Tr_velo_to_cam"], [0, 0, 0, 1]])
+    camera = _camera(name, folder / "image_2" / f"{name}.png", found["P2"], to_camera)
+    return Frame(name, name, sweep, None, (camera,))
 
 
 def read_calibration(path: Path, *names: str) -> dict[str, np.ndarray]:

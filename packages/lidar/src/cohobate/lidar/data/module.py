@@ -76,9 +76,7 @@ class _LidarData(pl.LightningDataModule):
         self.workers, self.batch_size, self.seed = workers, batch_size, seed
         if self.embedded and layout != "nuscenes":
             raise InputError(f"data.layout {layout}: the embedded scenes have the layout nuscenes")
-        self.class_names = list(
-            kitti.CLASSES if layout == "semantic-kitti" else nuscenes.CLASSES
-        )
+        self.class_names = list(kitti.CLASSES if layout == "semantic-kitti" else nuscenes.CLASSES)
 
     @property
     def prepare(self) -> Prepare:
@@ -91,7 +89,7 @@ class _LidarData(pl.LightningDataModule):
         """Simulate the embedded scenes, once."""
         if self.embedded:
             assert self.root is not None
-            self.simulator.write(self.root, jobs=os.cpu_count() or 1)
+            self.simulator.write(self.root, jobs=self.simulator.jobs())
 
     def read_frames(self, split: str, every: int, *, cameras: bool) -> list[Frame]:
         """Frames of a split."""
@@ -128,7 +126,8 @@ class ImageCloudData(_LidarData):
         val_split: Scenes whose loss is watched.
         every: Keep every so many-th scene (SemanticKITTI: sweep) of both.
         cameras: nuScenes: channels, in order.
-        superpixels: Where the superpixels come from; missing ones are made before training.
+        superpixels: Where the superpixels come from, by default SLIC with the paper's settings;
+            missing ones are made before training.
         superpixel_root: Where they are kept; by default in ``root``.
         crop: Height and width of the images in training.
         augment: What is done to clouds and images.
@@ -153,7 +152,7 @@ class ImageCloudData(_LidarData):
         val_split: str = "val",
         every: int = 1,
         cameras: tuple[str, ...] = CHANNELS,
-        superpixels: Superpixels = Slic(),
+        superpixels: Superpixels | None = None,
         superpixel_root: Path | None = None,
         crop: tuple[int, int] = (224, 416),
         augment: Augment = Augment(),
@@ -169,7 +168,8 @@ class ImageCloudData(_LidarData):
             root, layout, version, simulator, form, voxels, intensity, workers, batch_size, seed
         )
         self.splits, self.every, self.cameras = (train_split, val_split), every, tuple(cameras)
-        self.superpixels, self.superpixel_root = superpixels, superpixel_root or self.root
+        self.superpixels = superpixels or Slic()
+        self.superpixel_root = superpixel_root or self.root
         self.crop, self.augment = tuple(crop), augment
         self._frames: dict[str, list[Frame]] = {}
 
@@ -187,7 +187,7 @@ class ImageCloudData(_LidarData):
         super().prepare_data()
         self.setup("fit")
         cameras = [c for frames in self._frames.values() for f in frames for c in f.cameras]
-        jobs = (os.cpu_count() or 1) if self.embedded else max(self.workers, 1)
+        jobs = self.simulator.jobs() if self.embedded else max(self.workers, 1)
         assert self.superpixel_root is not None
         compute(cameras, self.superpixels, self.superpixel_root, jobs)
 
@@ -255,7 +255,6 @@ class LabelledCloudData(_LidarData):
         test_split: Scenes to test on.
         every: Keep every so many-th training scene (SemanticKITTI: sweep): 100 for 1 % of labels.
         augment: What is done to training clouds.
-        form: ``voxels`` for U-Nets, ``pillars`` for VoxelNet.
         voxels: Shape of the voxels; that of the pre-trained network.
         intensity: What becomes of the intensity; the default is that of the released networks.
         simulator: The embedded scenes.
@@ -278,7 +277,6 @@ class LabelledCloudData(_LidarData):
         test_split: str = "val",
         every: int = 1,
         augment: Augment = Augment(),
-        form: Form = "voxels",
         voxels: Voxels = Voxels(),
         intensity: Intensity | None = None,
         simulator: Simulator = Simulator(),
@@ -288,7 +286,7 @@ class LabelledCloudData(_LidarData):
         seed: int = 0,
     ) -> None:
         super().__init__(
-            root, layout, version, simulator, form, voxels, intensity, workers, batch_size, seed
+            root, layout, version, simulator, "voxels", voxels, intensity, workers, batch_size, seed
         )
         if layout == "kitti-object":
             raise InputError("data.layout kitti-object: these sweeps have no point labels")

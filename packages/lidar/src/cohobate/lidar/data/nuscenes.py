@@ -88,7 +88,9 @@ class NuScenes:
         found = sorted(p.name for p in self.root.glob("v1.0-*") if p.is_dir())
         version = self.version or (found[0] if len(found) == 1 else None)
         if version is None:
-            what = f"several versions, name one of {', '.join(found)}" if found else "no folder v1.0-*"
+            what = (
+                f"several versions, name one of {', '.join(found)}" if found else "no folder v1.0-*"
+            )
             raise InputError(f"{self.root}: {what}")
         if version not in found:
             raise InputError(f"{self.root / version}: no such folder of tables")

@@ -104,9 +104,7 @@ def pinhole(intrinsics: Sequence[Sequence[float]] | np.ndarray) -> np.ndarray:
     return np.hstack([np.asarray(intrinsics, dtype=np.float64), np.zeros((3, 1))])
 
 
-def pair(
-    points: np.ndarray, cameras: Sequence[Camera], min_depth: float = MIN_DEPTH
-) -> Pairing:
+def pair(points: np.ndarray, cameras: Sequence[Camera], min_depth: float = MIN_DEPTH) -> Pairing:
     """Project a cloud into images.
 
     A point counts where its depth exceeds ``min_depth`` and ``0 < u < W − 1``, ``0 < v < H − 1``.

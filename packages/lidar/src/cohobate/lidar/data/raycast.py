@@ -82,7 +82,9 @@ def _near(
     towards = solid.centre - origin
     radius = np.linalg.norm(solid.half)
     along = rays @ towards
-    return (towards @ towards - along**2 < radius**2) & (along > -radius) & (along - radius < distance)
+    return (
+        (towards @ towards - along**2 < radius**2) & (along > -radius) & (along - radius < distance)
+    )
 
 
 def _box(start: np.ndarray, way: np.ndarray, half: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -98,7 +100,9 @@ def _box(start: np.ndarray, way: np.ndarray, half: np.ndarray) -> tuple[np.ndarr
     return t, normal
 
 
-def _cylinder(start: np.ndarray, way: np.ndarray, half: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _cylinder(
+    start: np.ndarray, way: np.ndarray, half: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     a = (way[:, :2] ** 2).sum(1)
     b = way[:, :2] @ start[:2]
     c = start[:2] @ start[:2] - half[0] ** 2

@@ -210,6 +210,7 @@ class Labelled(Dataset[Batch]):
             "labels": torch.from_numpy(labels[prepared.kept]),
             "rows": torch.from_numpy(prepared.rows),
             "point_labels": torch.from_numpy(labels),
+            "points": torch.from_numpy(points),
         }
 
 
@@ -225,6 +226,7 @@ def collate_labelled(samples: list[Batch]) -> Batch:
         "labels": torch.cat([sample["labels"] for sample in samples]),
         "rows": torch.cat(rows),
         "point_labels": torch.cat([sample["point_labels"] for sample in samples]),
+        "clouds": [sample["points"] for sample in samples],
     }
 
 

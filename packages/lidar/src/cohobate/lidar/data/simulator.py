@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -55,6 +56,10 @@ class Simulator:
         """A name that tells these settings from others."""
         settings = json.dumps({"format": 1, **asdict(self)}, sort_keys=True)
         return f"sim-{sha256(settings.encode()).hexdigest()[:12]}"
+
+    def jobs(self) -> int:
+        """Processes that are worth starting for so many scenes."""
+        return (os.cpu_count() or 1) if self.train + self.val > 40 else 1
 
     def write(self, root: Path, jobs: int = 1) -> Path:
         """Write all scenes; what is there already is kept.
@@ -181,7 +186,9 @@ class _Light:
         self.rng = rng
         self.ambient = rng.uniform(0.35, 0.6)
         height, way = rng.uniform(0.5, 1.2), rng.uniform(0, 2 * np.pi)
-        self.sun = np.array([np.cos(way) * np.cos(height), np.sin(way) * np.cos(height), np.sin(height)])
+        self.sun = np.array(
+            [np.cos(way) * np.cos(height), np.sin(way) * np.cos(height), np.sin(height)]
+        )
         self.gain, self.tint = rng.uniform(0.65, 1.2), rng.normal(1, 0.06, 3)
 
 
@@ -192,7 +199,9 @@ def _sweep(
     up = np.radians(np.linspace(-30.67, 10.67, 32))
     around = np.linspace(-np.pi, np.pi, sim.azimuths, endpoint=False)
     ring, turn = (a.ravel() for a in np.meshgrid(np.arange(32), around, indexing="ij"))
-    rays = np.stack([np.cos(up[ring]) * np.cos(turn), np.cos(up[ring]) * np.sin(turn), np.sin(up[ring])], 1)
+    rays = np.stack(
+        [np.cos(up[ring]) * np.cos(turn), np.cos(up[ring]) * np.sin(turn), np.sin(up[ring])], 1
+    )
     world = rays @ sensor[:3, :3].T
     hits = cast(sensor[:3, 3], world, town.solids)
     labels = town.labels(hits)

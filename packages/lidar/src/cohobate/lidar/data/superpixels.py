@@ -131,7 +131,9 @@ def read_label_image(path: Path) -> np.ndarray:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: damaged label image: {error}") from None
     if labels.ndim != 2 or labels.dtype.kind not in "iu":
-        raise InputError(f"{path}: {labels.shape} {labels.dtype}, expected one whole number a pixel")
+        raise InputError(
+            f"{path}: {labels.shape} {labels.dtype}, expected one whole number a pixel"
+        )
     if labels.size and labels.min() < 0:
         raise InputError(f"{path}: label {labels.min()} is negative")
     if labels.size and labels.max() >= labels.size:
@@ -152,9 +154,7 @@ def write_label_image(path: Path, labels: np.ndarray) -> None:
         Image.fromarray(labels.astype(kind)).save(temporary)
 
 
-def compute(
-    cameras: Sequence[Camera], source: Superpixels, root: Path, jobs: int = 1
-) -> int:
+def compute(cameras: Sequence[Camera], source: Superpixels, root: Path, jobs: int = 1) -> int:
     """Make the superpixels that are missing; a call that was stopped goes on.
 
     Args:

@@ -131,7 +131,11 @@ class _Maker:
         rng = self.rng
         for _ in range(rng.integers(3, 9)):
             x, out = rng.uniform(-45, 45), road + walk + rng.uniform(0.2, 3)
-            radius, height, crown = rng.uniform(0.1, 0.25), rng.uniform(1.6, 3.2), rng.uniform(0.8, 2.2)
+            radius, height, crown = (
+                rng.uniform(0.1, 0.25),
+                rng.uniform(1.6, 3.2),
+                rng.uniform(0.8, 2.2),
+            )
             self.add("cylinder", VEGETATION, x, side * out, 0, (radius, radius, height / 2))
             half = (crown, crown, crown * rng.uniform(0.7, 1.2))
             self.add("ellipsoid", VEGETATION, x, side * out, height - 0.3, half)

@@ -60,9 +60,7 @@ class Scene:
     pairing: Pairing
 
 
-def augment(
-    scene: Scene, how: Augment, size: tuple[int, int], rng: np.random.Generator
-) -> Scene:
+def augment(scene: Scene, how: Augment, size: tuple[int, int], rng: np.random.Generator) -> Scene:
     """All parts in the paper's order.
 
     Args:

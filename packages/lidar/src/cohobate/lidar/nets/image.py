@@ -163,9 +163,7 @@ class ResNetEncoder(torchvision.models.ResNet):
     def __init__(self, architecture: str) -> None:
         kind, _, form = architecture.partition("-")
         if kind == "resnet50":
-            super().__init__(
-                Bottleneck, [3, 4, 6, 3], replace_stride_with_dilation=[not form] * 3
-            )
+            super().__init__(Bottleneck, [3, 4, 6, 3], replace_stride_with_dilation=[not form] * 3)
         else:
             super().__init__(BasicBlock, [2, 2, 2, 2])
         del self.fc, self.avgpool

@@ -83,7 +83,14 @@ class VoxelNet(nn.Module):
             raise InputError(f"coordinates: a voxel outside the grid of {SHAPE} cells (z, y, x)")
         grid, order = Grid.of(coordinates)
         x, shape = features.index_select(0, order), SHAPE
-        for unit in [self.conv_input, *self.conv1, *self.conv2, *self.conv3, *self.conv4, self.conv_out]:
+        for unit in [
+            self.conv_input,
+            *self.conv1,
+            *self.conv2,
+            *self.conv3,
+            *self.conv4,
+            self.conv_out,
+        ]:
             x, grid, shape = unit(x, grid, shape)
         # spconv lays the weights of a product out as (C_in, C_out), whatever their shape says
         x = F.normalize(x @ self.final.weight.reshape(x.shape[1], -1), dim=1)
@@ -158,9 +165,6 @@ class _Unit(nn.Sequential):
 def _shape(shape: Triple, size: Triple, stride: Triple, padding: Triple) -> Triple:
     """Size of a dense convolution's output."""
     a, b, c = (
-        (n + 2 * p - k) // s + 1
-        for n, k, s, p in zip(shape, size, stride, padding, strict=True)
+        (n + 2 * p - k) // s + 1 for n, k, s, p in zip(shape, size, stride, padding, strict=True)
     )
     return a, b, c
-
-

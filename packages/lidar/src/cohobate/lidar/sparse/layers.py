@@ -55,7 +55,9 @@ class Pointwise(nn.Module):
         super().__init__()
         bound = 1 / math.sqrt(in_channels)
         self.kernel = nn.Parameter(torch.empty(in_channels, out_channels).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(1, out_channels).uniform_(-bound, bound)) if bias else None
+        self.bias = (
+            nn.Parameter(torch.empty(1, out_channels).uniform_(-bound, bound)) if bias else None
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         """Rows (N, C_in) → (N, C_out)."""
