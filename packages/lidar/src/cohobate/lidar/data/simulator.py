@@ -121,10 +121,9 @@ def write_frame(sim: Simulator, root: Path, seed: int) -> None:
     town = build(rng)
     drive = _Drive(rng, sim)
     name, start = f"sim-{seed:04d}", 1_600_000_000_000_000 + seed * 20_000_000
-    rows: Table = {
-        "scene": [{"token": name, "name": name, "first_sample_token": f"{name}-0", "nbr_samples": 1}],
-        "sample": [{"token": f"{name}-0", "scene_token": name, "timestamp": start, "next": "", "prev": ""}],
-    }  # fmt: skip
+    sample = {"token": f"{name}-0", "scene_token": name, "timestamp": start, "next": "", "prev": ""}
+    scene = {"token": name, "name": name, "first_sample_token": f"{name}-0", "nbr_samples": 1}
+    rows: Table = {"scene": [scene], "sample": [sample]}
 
     def record(channel: str, file: str, mount: np.ndarray, time: float, camera: Any) -> str:
         token = f"{name}-{channel.lower().replace('_', '-')}"

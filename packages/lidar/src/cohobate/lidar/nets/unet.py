@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,8 +17,8 @@ class ResUNet(nn.Module):
 
     A stem at full resolution; for each width in ``encoder`` a convolution with stride 2 and blocks;
     for each width in ``decoder`` a transposed convolution back, the skip, and blocks; one product
-    to ``out_channels``. Parameters are named as those of MinkowskiEngine's networks, so the defaults
-    load the official Res16UNet34C (37.85 million parameters with 64 outputs).
+    to ``out_channels``. Parameters are named as in MinkowskiEngine's networks, so the defaults load
+    the official Res16UNet34C (37.85 million parameters with 64 outputs).
 
     Args:
         in_channels: Features of a voxel.
@@ -70,10 +72,7 @@ class ResUNet(nn.Module):
 
         def blocks(name: str, width: int, out: int, count: int) -> str:
             widths = [width, *[out] * count]
-            made = [
-                BasicBlock(a, b, momentum, backend)
-                for a, b in zip(widths[:-1], widths[1:], strict=True)
-            ]
+            made = [BasicBlock(a, b, momentum, backend) for a, b in pairwise(widths)]
             return add(name, nn.ModuleList(made))
 
         width, skips = stem, [stem]

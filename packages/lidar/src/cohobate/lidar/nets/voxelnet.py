@@ -101,7 +101,7 @@ class VoxelNet(nn.Module):
     @staticmethod
     def at(bev: Tensor, points: Tensor) -> Tensor:
         """Read the map bilinearly at points (N, 4): batch index, x, y, z."""
-        batch, channels, rows, columns = bev.shape
+        _, channels, rows, columns = bev.shape
         # Cell 0 lies at 0, not at a half: the convention of the detectors' set abstraction.
         x = (points[:, 1] + RADIUS) / (CELL[2] * STRIDE)
         y = (points[:, 2] + RADIUS) / (CELL[1] * STRIDE)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cohobate.core.errors import InputError
 from cohobate.core.io import load_checkpoint
+from cohobate.core.runs import checkpoint_file
 from cohobate.lidar.data import Voxels
 
 CONTRASTS = ("superpixel", "pixel")
@@ -57,7 +58,7 @@ def read_backbone(path: Path, voxels: Voxels) -> dict[str, Tensor]:
     """Weights of a point network from a file.
 
     Args:
-        path: A released checkpoint (``model_points``), a stage's ``best.ckpt``, or a
+        path: A released checkpoint (``model_points``), a run folder, or its
             ``student.safetensors``.
         voxels: What the run uses; a file that says otherwise is refused.
 
@@ -67,6 +68,8 @@ def read_backbone(path: Path, voxels: Voxels) -> dict[str, Tensor]:
     Raises:
         InputError: The file is damaged, or was trained on other voxels.
     """
+    if path.is_dir():
+        path = checkpoint_file(path)
     content: dict[str, Any] = load_checkpoint(path)
     if isinstance(content.get("model_points"), dict):
         check_official(content.get("config"), voxels, path)

@@ -259,9 +259,8 @@ def segmentation_loss(logits: Tensor, target: Tensor, *, ignore: int = 0) -> dic
         (1.0986, 0.6667)
     """
     if len(target) and (int(target.min()) < 0 or int(target.max()) >= logits.shape[1]):
-        raise InputError(
-            f"labels: from {int(target.min())} to {int(target.max())} with {logits.shape[1]} classes"
-        )
+        low, high = (int(extreme) for extreme in target.aminmax())
+        raise InputError(f"labels: from {low} to {high} with {logits.shape[1]} classes")
     rows = (target != ignore).nonzero().flatten()
     logits, target = logits.index_select(0, rows), target.index_select(0, rows)
     if not len(rows):

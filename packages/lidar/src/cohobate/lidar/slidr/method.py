@@ -1,4 +1,4 @@
-"""SLidR's pre-training: a frozen image network teaches a point network, superpixel by superpixel."""
+"""SLidR: a frozen image network teaches a point network, superpixel by superpixel."""
 
 from __future__ import annotations
 

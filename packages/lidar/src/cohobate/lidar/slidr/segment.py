@@ -37,7 +37,7 @@ class Segment(DistillModule):
         network_args: Widths and depths of a U-Net.
         bn_momentum: Batch-normalisation momentum outside residual blocks.
         backend: What computes the sparse convolutions.
-        pretrained: A backbone from a file: a released checkpoint, a run's ``best.ckpt`` or
+        pretrained: A backbone from elsewhere: a released checkpoint, a run folder, or a
             ``student.safetensors``. A stage that starts from an earlier one needs none.
         contrast: Which loss has taught the backbone; an earlier stage that says otherwise is
             refused.
