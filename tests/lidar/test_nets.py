@@ -20,7 +20,9 @@ Fill = Callable[[nn.Module], nn.Module]
 
 
 @pytest.mark.parametrize("case", ["a", "b"])
-def test_res16unet34c_equals_the_official_network(case: str, recorded: Recorded, fill: Fill) -> None:
+def test_res16unet34c_equals_the_official_network(
+    case: str, recorded: Recorded, fill: Fill
+) -> None:
     z = recorded(f"sparse_res16unet34c_{case}")
     network = fill(ResUNet(1, int(z["out_channels"]), normalize=bool(z["normalize"])))
     network.train(bool(z["train_mode"]))
@@ -55,7 +57,8 @@ def test_res16unet34c_has_the_official_names_and_size() -> None:
     assert kinds == {
         "conv0p1s1", "bn0", "final", *(f"block{i}" for i in range(1, 9)),
         "conv1p1s2", "conv2p2s2", "conv3p4s2", "conv4p8s2", *(f"bn{i}" for i in range(1, 5)),
-        "convtr4p16s2", "convtr5p8s2", "convtr6p4s2", "convtr7p2s2", *(f"bntr{i}" for i in range(4, 8)),
+        "convtr4p16s2", "convtr5p8s2", "convtr6p4s2", "convtr7p2s2",
+        *(f"bntr{i}" for i in range(4, 8)),
     }  # fmt: skip
 
 

@@ -21,7 +21,15 @@ from cohobate.lidar.data.projection import (
     rotation_matrix,
     transform,
 )
-from cohobate.lidar.data.transforms import Augment, Scene, augment, crop, drop_cuboid, fit_size, flip
+from cohobate.lidar.data.transforms import (
+    Augment,
+    Scene,
+    augment,
+    crop,
+    drop_cuboid,
+    fit_size,
+    flip,
+)
 from cohobate.lidar.data.voxels import Voxels, voxelize, voxelize_box
 
 Recorded = Callable[[str], dict[str, Any]]
@@ -62,7 +70,9 @@ def test_a_quaternion_there_and_back() -> None:
 
 
 def test_what_is_behind_or_at_the_border_is_no_pair() -> None:
-    camera = Camera("c", "c", Path(), np.eye(4), pinhole([[10, 0, 0], [0, 10, 0], [0, 0, 1]]), (21, 21))
+    camera = Camera(
+        "c", "c", Path(), np.eye(4), pinhole([[10, 0, 0], [0, 10, 0], [0, 0, 1]]), (21, 21)
+    )
     points = np.array([[1, 1, 1.0], [1, 1, -2], [2, 2, 2], [4, 4, 2], [0, 1, 2], [0.5, 0.7, 2]])
     found = pair(points, [camera])
     # too near, behind, inside, at the right border, at the left border, inside; halves to even
@@ -139,7 +149,9 @@ def test_a_dropped_cuboid_equals_the_recorded_one(case: str, recorded: Recorded)
     assert np.array_equal(after.pairing.pixels, z["out_pairing_images"])
 
 
-def test_augmentation_is_a_function_of_the_draw_and_keeps_pairs_together(recorded: Recorded) -> None:
+def test_augmentation_is_a_function_of_the_draw_and_keeps_pairs_together(
+    recorded: Recorded,
+) -> None:
     z = arrays(recorded("image_transforms_a"))
     cloud = np.random.default_rng(0).standard_normal((1000, 4)).astype(np.float32)
     # each pixel knows its place, so a moved pair can be checked against it
@@ -163,6 +175,8 @@ def test_augmentation_is_a_function_of_the_draw_and_keeps_pairs_together(recorde
 
 def test_a_crop_without_pairs_ends() -> None:
     empty = Pairing(np.zeros(0, np.int64), np.zeros((0, 3), np.int64))
-    blank = Scene(np.ones((4, 4), np.float32), torch.zeros(1, 3, 30, 50), torch.zeros(1, 30, 50), empty)
+    blank = Scene(
+        np.ones((4, 4), np.float32), torch.zeros(1, 3, 30, 50), torch.zeros(1, 30, 50), empty
+    )
     found = augment(blank, Augment(), (14, 26), np.random.default_rng(0))
     assert found.images.shape == (1, 3, 14, 26)

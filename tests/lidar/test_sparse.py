@@ -53,9 +53,7 @@ def test_stride_1_equals_dense_convolution(seed: int, count: int) -> None:
     kernel = torch.randn(27, 3, 4, dtype=torch.float64)
     places = coordinates[order]
     expected = F.conv3d(dense(places, x, -5, 10), filters(kernel, 3), padding=1)
-    torch.testing.assert_close(
-        sparse_conv(x, kernel, grid.neighbours()), at(expected, places, -5)
-    )
+    torch.testing.assert_close(sparse_conv(x, kernel, grid.neighbours()), at(expected, places, -5))
 
 
 @pytest.mark.parametrize("count", [1, 40, 200])
@@ -78,8 +76,12 @@ def test_stride_2_and_back_equal_dense_convolution(count: int) -> None:
 
 @pytest.mark.parametrize(
     ("size", "stride", "padding"),
-    [((3, 3, 3), (2, 2, 2), (1, 1, 1)), ((3, 3, 3), (2, 2, 2), (0, 1, 1)), ((3, 1, 1), (2, 1, 1), (0, 0, 0))],
-)  # fmt: skip
+    [
+        ((3, 3, 3), (2, 2, 2), (1, 1, 1)),
+        ((3, 3, 3), (2, 2, 2), (0, 1, 1)),
+        ((3, 1, 1), (2, 1, 1), (0, 0, 0)),
+    ],
+)
 def test_any_stride_and_padding_equal_dense_convolution(
     size: tuple[int, int, int], stride: tuple[int, int, int], padding: tuple[int, int, int]
 ) -> None:
@@ -176,7 +178,9 @@ def test_a_kernel_that_does_not_fit() -> None:
 def test_a_backend_that_is_not_installed() -> None:
     one = torch.tensor([0])
     with pytest.raises(InputError, match="not installed"):
-        sparse_conv(torch.ones(1, 3), torch.ones(1, 3, 4), KernelMap((one,), (one,), 1, 1), "spconv")
+        sparse_conv(
+            torch.ones(1, 3), torch.ones(1, 3, 4), KernelMap((one,), (one,), 1, 1), "spconv"
+        )
 
 
 @pytest.mark.skipif(importlib.util.find_spec("spconv") is None, reason="needs spconv")
