@@ -45,7 +45,9 @@ def fit(stage: str, out: Path, root: Path, *options: str) -> None:
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     out = tmp_path_factory.mktemp("runs") / "pretrain"
-    fit("pretrain", out, root, *PRE, "--trainer.max_epochs=2")
+    fit(
+        "pretrain", out, root, *PRE, "--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=2"
+    )
     return out
 
 
@@ -130,7 +132,7 @@ def test_a_run_keeps_the_student_alone(pretrained: Path) -> None:
     assert (pretrained / "superpixels.png").stat().st_size > 10_000
     rows = (pretrained / "metrics.csv").read_text().splitlines()
     assert "train/superpixel" in rows[0]
-    assert "val/loss" not in rows[0] or len(rows) > 2
+    assert "val/loss" in rows[0]
     info = json.loads((pretrained / "run.json").read_text())
     assert info["steps"] == 6
 
@@ -145,7 +147,14 @@ def test_a_stopped_run_ends_like_one_that_was_not(
     assert whole["global_step"] == resumed["global_step"]
     # the cosine knows how long training is, so only an interrupted run repeats every number
     again = tmp_path / "again"
-    fit("pretrain", again, root, *PRE, "--trainer.max_epochs=2")
+    fit(
+        "pretrain",
+        again,
+        root,
+        *PRE,
+        "--trainer.max_epochs=2",
+        "--trainer.check_val_every_n_epoch=2",
+    )
     assert_same_run(pretrained, again)
 
 
@@ -182,7 +191,6 @@ def test_the_baseline_teaches_nothing_but_sees_the_clouds(tmp_path: Path, root: 
     state = torch.load(out / "last.ckpt", weights_only=True)["state_dict"]
     assert state["network.bn0.bn.running_mean"].abs().max() > 0
     assert not any(name.startswith("head") for name in state)
-    torch.manual_seed(0)
     assert "train/idle" in (out / "metrics.csv").read_text()
 
 
@@ -191,9 +199,6 @@ def test_a_backbone_of_other_voxels_or_another_loss_is_refused(
 ) -> None:
     out = tmp_path / "run"
     shutil.copytree(pretrained, out / "pretrain")
-    words = ["fit", f"{RECIPE}/probe", f"--data.root={root}", *SMALL]
-    done = run_command("fit", f"{RECIPE}/probe/2-probe", f"--data.root={root}")
-    assert done.code == 2
     stage = ["fit", "lidar/slidr/finetune", f"--data.root={root}", "--data.every=3", *SMALL]
     assert_one_line(
         run_command(*stage, "--out", out, "--data.voxels.size=0.3"), "the earlier stage", "0.3"
@@ -201,7 +206,6 @@ def test_a_backbone_of_other_voxels_or_another_loss_is_refused(
     assert_one_line(
         run_command(*stage, "--out", out, "--model.contrast=pixel"), "superpixel contrast"
     )
-    assert words
 
 
 def test_released_checkpoints_are_read(tmp_path: Path) -> None:
@@ -222,7 +226,7 @@ def test_released_checkpoints_are_read(tmp_path: Path) -> None:
         InputError, match=r"minkunet_slidr_1gpu\.pt: trained on cylindrical voxels of 0.1"
     ):
         read_backbone(path, Voxels(0.2))
-    with pytest.raises(InputError, match="no weights for|has shape"):
+    with pytest.raises(InputError, match=r"no weights for|has shape"):
         Segment(class_names=["-", "a"], pretrained=path).setup("fit")
     path.write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"minkunet_slidr_1gpu\.pt"):
