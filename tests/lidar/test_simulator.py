@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cohobate.lidar.data import simulator
 from cohobate.lidar.data.nuscenes import Frame, NuScenes
 from cohobate.lidar.data.projection import Camera, inverse, pair, transform
 from cohobate.lidar.data.simulator import Simulator, write_frame
@@ -37,9 +38,17 @@ def test_point_and_pixel_of_a_pair_have_one_class(root: Path, frames: list[Frame
 
 @pytest.fixture(scope="module")
 def fast(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, NuScenes]:
-    """A car at up to 15 m/s whose cameras fire up to 0.2 s early or late."""
+    """A car at 15 m/s whose cameras fire up to 0.2 s early or late."""
+
+    class Steady(simulator._Drive):
+        def __init__(self, rng: np.random.Generator, sim: Simulator) -> None:
+            super().__init__(rng, sim)
+            self.speed = sim.speed
+
     root = tmp_path_factory.mktemp("fast")
-    Simulator(train=8, val=1, speed=15, offset=0.2).write(root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulator, "_Drive", Steady)
+        Simulator(train=8, val=1, speed=15, offset=0.2).write(root)
     return root, NuScenes(root)
 
 

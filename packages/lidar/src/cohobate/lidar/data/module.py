@@ -170,7 +170,7 @@ class ImageCloudData(_LidarData):
         self.splits, self.every, self.cameras = (train_split, val_split), every, tuple(cameras)
         self.superpixels = superpixels or Slic()
         self.superpixel_root = superpixel_root or self.root
-        self.crop, self.augment = tuple(crop), augment
+        self.crop, self.augment = (crop[0], crop[1]), augment
         self._frames: dict[str, list[Frame]] = {}
 
     @cached_property

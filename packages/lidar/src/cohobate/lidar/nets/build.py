@@ -52,14 +52,15 @@ def build(
         return VoxelNet(out_channels=out_channels, backend=backend)
     if name not in ("res16unet34c", "unet-small"):
         raise InputError(f"network: there is no '{name}'")
-    sizes = {**(SMALL if name == "unet-small" else {}), **given}
+    sizes: dict[str, Any] = {**(SMALL if name == "unet-small" else {}), **given}
+    tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()}
     try:
         return ResUNet(
             out_channels=out_channels,
             normalize=normalize,
             momentum=momentum,
             backend=backend,
-            **{key: tuple(v) if isinstance(v, list) else v for key, v in sizes.items()},
+            **tuples,
         )
     except TypeError as error:
         raise InputError(f"network_args: {error}") from None

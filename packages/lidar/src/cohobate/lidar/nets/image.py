@@ -78,6 +78,9 @@ class ImageNetwork(nn.Module):
         self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(STD)[:, None, None], persistent=False)
 
+    mean: Tensor
+    std: Tensor
+
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] → (B, C, H / stride, W / stride)."""
         return self.encoder((images - self.mean) / self.std)

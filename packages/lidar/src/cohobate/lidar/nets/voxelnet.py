@@ -150,7 +150,8 @@ class _Unit(nn.Sequential):
 
     def forward(self, x: Tensor, grid: Grid, shape: Triple) -> tuple[Tensor, Grid, Triple]:  # type: ignore[override]
         """Rows, their grid and the size of its box; the same afterwards."""
-        weight = self[0].weight
+        filters, norm = self
+        weight: Tensor = filters.weight  # type: ignore[assignment]
         if self.stride is None:
             pairs = grid.neighbours()
             # there the first axis (z) varies fastest, in the weights the last
@@ -159,7 +160,7 @@ class _Unit(nn.Sequential):
             shape = _shape(shape, self.size, self.stride, self.padding)
             grid, pairs = grid.strided(self.size, self.stride, self.padding, shape)
             kernel = weight.permute(1, 2, 3, 4, 0).flatten(0, 2)
-        return self[1](sparse_conv(x, kernel, pairs, self.backend)).relu_(), grid, shape
+        return norm(sparse_conv(x, kernel, pairs, self.backend)).relu_(), grid, shape
 
 
 def _shape(shape: Triple, size: Triple, stride: Triple, padding: Triple) -> Triple:

@@ -131,7 +131,8 @@ class Pretrain(DistillModule):
         """Set the normalisation of a random image encoder, which would otherwise know nothing."""
         if not self.distill or not self.calibration_frames:
             return
-        images = self.trainer.datamodule.calibration_images(self.calibration_frames)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        images = data.calibration_images(self.calibration_frames)
         calibrate(self.teacher.networks[0], images.to(self.device))
 
     def forward_train(self, batch: Batch) -> Features:
@@ -187,6 +188,9 @@ class Pretrain(DistillModule):
 
 class _Encoder(nn.Module):
     """An image network without its head."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, network: ImageNetwork) -> None:
         super().__init__()

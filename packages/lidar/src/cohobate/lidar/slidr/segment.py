@@ -95,7 +95,8 @@ class Segment(DistillModule):
         self._shown: tuple[Tensor, Tensor, Tensor] | None = None
         if probe:
             self.network.requires_grad_(False)
-            self.network.final.requires_grad_(True)
+            self.network.get_submodule("final").requires_grad_(True)
+            self.network.eval()  # Lightning keeps the modes it finds
 
     @property
     def student(self) -> nn.Module:
@@ -147,7 +148,7 @@ class Segment(DistillModule):
 
     def configure_optimizers(self) -> Any:
         """SGD with one learning rate for the backbone and one for the last layer."""
-        head = list(self.network.final.parameters())
+        head = list(self.network.get_submodule("final").parameters())
         owned = {id(p) for p in head}
         rest = [p for p in self.network.parameters() if id(p) not in owned]
         lr, lr_head = self.optimizer.lr, self.lr_head or self.optimizer.lr
@@ -182,7 +183,8 @@ class Segment(DistillModule):
 
     def _count(self, batch: Batch) -> Tensor:
         prediction = best_class(self.network(*batch["inputs"]))[batch["rows"]]
-        counts = confusion(prediction, batch["point_labels"], self.network.out_channels)
+        classes = len(self.segmenter.class_names)
+        counts = confusion(prediction, batch["point_labels"], classes)
         self._matrix = counts if self._matrix is None else self._matrix + counts
         return prediction
 
@@ -191,7 +193,7 @@ class Segment(DistillModule):
             raise InputError("no labelled sweep to evaluate on")
         matrix, self._matrix = self._matrix, None
         if self.trainer.world_size > 1:
-            matrix = self.all_gather(matrix).sum(0)
+            matrix = torch.as_tensor(self.all_gather(matrix)).sum(0)
         found = intersection_over_union(matrix.cpu(), names=names)
         # in percent, as every table of the field
         self.log_dict({f"{split}/{name}": 100 * value for name, value in found.items()})

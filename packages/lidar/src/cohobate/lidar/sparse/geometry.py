@@ -101,7 +101,8 @@ class Grid:
             there = there.index_select(0, here)
             pairs[k], pairs[26 - k] = (there, here), (here, there)
         size = len(self)
-        return KernelMap(*zip(*pairs, strict=True), size, size, 13)  # type: ignore[arg-type]
+        inputs, outputs = zip(*pairs, strict=True)
+        return KernelMap(inputs, outputs, size, size, 13)
 
     def coarser(self) -> tuple[Grid, KernelMap]:
         """Every 2 × 2 × 2 cells become one; element k is the place (k % 2, k // 2 % 2, k // 4).
