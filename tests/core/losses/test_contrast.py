@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cohobate.core.errors import InputError
-from cohobate.core.losses import info_nce
+from cohobate.core.losses import info_nce, region_info_nce, segment_mean
 
 N, D, M = 5, 4, 6
 
@@ -22,7 +22,7 @@ def vectors(seed, *shape, dtype=torch.float64):
 def loop(query, positive, negatives, temperature, normalize, weight):
     """One query at a time, in Python floats."""
     unit = (lambda v: v / v.norm()) if normalize else (lambda v: v)
-    query, positive = query.double(), positive.double()
+    query, positive = query.detach().double(), positive.detach().double()
     total, count = 0.0, 0
     for i in range(len(query)):
         w = 1.0 if weight is None else float(weight[i])
@@ -95,6 +95,51 @@ def test_scores_are_float32_under_autocast():
     exact = info_nce(query, positive, temperature=0.01)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(info_nce(query, positive, temperature=0.01), exact)
+
+
+@pytest.mark.parametrize("kind", ["batch", "shared"])
+def test_many_keys_are_taken_in_chunks(kind, monkeypatch):
+    """The scores are 40 × 300 numbers; with room for far fewer the result is the same."""
+    query, positive = vectors(0, 40, D).requires_grad_(), vectors(1, 40, D).requires_grad_()
+    negatives = None if kind == "batch" else vectors(2, 300, D).requires_grad_()
+    inputs = [x for x in (query, positive, negatives) if x is not None]
+    results = []
+    for budget in (1 << 25, 5000):
+        monkeypatch.setattr("cohobate.core.fused.api.CPU_BUDGET", budget)
+        loss = info_nce(query, positive, negatives)
+        results.append([loss.detach(), *torch.autograd.grad(loss, inputs)])
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_regions_find_each_other(normalize):
+    """Points in regions 0 to 4, pixels in 1 to 5: the loss is over the four that both have."""
+    points, pixels = vectors(0, 20, D).requires_grad_(), vectors(1, 30, D).requires_grad_()
+    point_regions = torch.arange(20) % 6 - 1
+    pixel_regions = torch.arange(30) % 6
+    pixel_regions[pixel_regions == 0] = -1
+    options = {"temperature": 0.5, "normalize": normalize}
+    loss = region_info_nce(points, point_regions, pixels, pixel_regions, 7, **options)
+    means = [
+        segment_mean(rows, regions, 7)[0][1:5]
+        for rows, regions in ((points, point_regions), (pixels, pixel_regions))
+    ]
+    assert loss.item() == pytest.approx(loop(*means, None, 0.5, normalize, None), rel=1e-10)
+    assert torch.autograd.gradcheck(
+        lambda a, b: region_info_nce(a, point_regions, b, pixel_regions, 7, **options),
+        (points, pixels),
+        fast_mode=True,
+    )
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+def test_no_region_to_tell_apart_is_zero_with_a_graph(shared):
+    points = vectors(0, 3, D).requires_grad_()
+    regions = torch.tensor([0, 0, 1])
+    loss = region_info_nce(points, regions, vectors(1, 3, D), regions + 2 - shared, 5)
+    loss.backward()
+    assert loss.item() == 0
+    assert points.grad.isfinite().all()
 
 
 def test_bad_shapes_are_named():

@@ -1,13 +1,12 @@
-"""The one rule for weights and counts, also across processes."""
+"""The one rule for weights and counts."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from cohobate.core.errors import InputError
-from cohobate.core.losses import forward_kl, global_items, reduce_items
+from cohobate.core.losses import global_items, reduce_items
 
 
 def test_weight_scales_and_count_counts():
@@ -36,32 +35,3 @@ def test_without_reduction():
 def test_global_items_of_one_process():
     assert global_items(torch.tensor([0.5, 0.0, 2.0])).item() == 2
     assert global_items(5).item() == 5
-
-
-def _rank(rank: int, path: str) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{path}/store", rank=rank, world_size=2
-    )
-    logits, teacher = torch.load(f"{path}/batch.pt", weights_only=True)
-    mine = slice(0, 3) if rank == 0 else slice(3, 10)  # unequal shares
-    weight = torch.ones(5, 4, dtype=torch.float64, requires_grad=True)
-    keep = torch.arange(10)[mine] % 3 != 0
-    loss = forward_kl(
-        logits[mine] @ weight.T, teacher[mine], weight=keep, num_items=global_items(keep)
-    )
-    loss.backward()
-    torch.distributed.all_reduce(weight.grad)  # DDP averages over ranks
-    if rank == 0:
-        torch.save(weight.grad / 2, f"{path}/grad.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_unequal_ranks_average_to_the_whole_batch(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(10, 4, generator=generator, dtype=torch.float64)
-    teacher = torch.randn(10, 5, generator=generator, dtype=torch.float64)
-    torch.save((features, teacher), tmp_path / "batch.pt")
-    mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
-    weight = torch.ones(5, 4, dtype=torch.float64, requires_grad=True)
-    forward_kl(features @ weight.T, teacher, weight=torch.arange(10) % 3 != 0).backward()
-    torch.testing.assert_close(torch.load(tmp_path / "grad.pt", weights_only=True), weight.grad)

@@ -27,6 +27,7 @@ usage: {prog} COMMAND [RECIPE] [options]
   compare RECIPE           does distillation help on your data?
   predict RECIPE INPUT...  use a trained run on files
   export RECIPE            the student alone: safetensors, ONNX, Hugging Face Hub layout
+  cache RECIPE             the teacher's answers to the training data, once, to disk
 {extra}
 RECIPE is <domain>/<paper> or <domain>/<paper>/<recipe>, as `list` and `info` print them.
 Options of a command: {prog} COMMAND RECIPE --help
@@ -197,6 +198,20 @@ def _export(args: list[str], prog: str, domain: str | None) -> int:
     return 0
 
 
+def _cache(args: list[str], prog: str, domain: str | None) -> int:
+    recipe, rest = _take_recipe(args, prog, "cache", domain)
+    from cohobate.core.cache import command
+
+    parser = _parser(
+        prog,
+        "cache",
+        "Ask the recipe's frozen teacher about every training sample once and keep its answers. "
+        "The model's and the data's options of `fit` are accepted too.",
+    )
+    command.add_options(parser)
+    return command.main(recipe, *parser.parse_known_args(rest))
+
+
 COMMANDS: dict[str, Callable[[list[str], str, str | None], int]] = {
     "list": _list,
     "info": _info,
@@ -205,6 +220,7 @@ COMMANDS: dict[str, Callable[[list[str], str, str | None], int]] = {
     "compare": _compare,
     "predict": _predict,
     "export": _export,
+    "cache": _cache,
 }
 
 

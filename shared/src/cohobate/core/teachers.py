@@ -12,7 +12,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,10 @@ from cohobate.core.catalog import suggestion
 from cohobate.core.errors import InputError
 from cohobate.core.io import fitting_weights, load_weights
 from cohobate.core.training.schedules import Schedule, as_schedule
+
+if TYPE_CHECKING:
+    from cohobate.core.cache import TeacherCache
+    from cohobate.core.fused import TopK
 
 log = logging.getLogger(__name__)
 
@@ -270,6 +274,41 @@ class TeacherSet(Teacher):
         return self.members[name](*args, **kwargs)
 
 
+class CachedTeacher(Teacher):
+    """A teacher that answers from disk: ask it with the names of the batch's samples.
+
+    Args:
+        cache: The answers; open it with the hash, transform and class count it must have.
+    """
+
+    def __init__(self, cache: TeacherCache) -> None:
+        super().__init__()
+        self.cache = cache
+        self._place: Tensor
+        self.register_buffer("_place", torch.empty(0), persistent=False)  # follows .to(device)
+
+    def answer(
+        self, samples: Sequence[str], augmentations: Sequence[str] | None = None
+    ) -> Tensor | TopK:
+        """The answers to a batch, on the device the teacher was moved to.
+
+        Args:
+            samples: Sample ids.
+            augmentations: Key of each sample's augmentation; ``None`` for none.
+
+        Returns:
+            Logits (B, ...), or the top classes of them.
+
+        Raises:
+            InputError: A sample is not in the cache, or its record is damaged.
+        """
+        answer = self.cache.read(samples, augmentations)
+        device = self._place.device
+        if isinstance(answer, Tensor):
+            return answer.to(device, non_blocking=True)
+        return type(answer)(*(tensor.to(device, non_blocking=True) for tensor in answer))
+
+
 class PeerSet(nn.Module):
     """Networks that learn together and teach each other; the first is the student that is kept.
 
@@ -361,10 +400,22 @@ def weights_hash(network: nn.Module) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of all weights: which teacher was it?
 
     Args:
-        network: Any module; a `Teacher` counts with the networks it holds.
+        network: Any module; a `Teacher` counts with the networks it holds, a `TeacherSet` with
+            those of its members and how they are combined.
+
+    Raises:
+        ValueError: A teacher that holds no network.
     """
-    networks = network.networks if isinstance(network, Teacher) else (network,)
+    networks: list[nn.Module] = [network]
     digest = hashlib.sha256()
+    if isinstance(network, Teacher):
+        teachers = [m for m in network.modules() if isinstance(m, Teacher)]
+        networks = [held for teacher in teachers for held in teacher.networks]
+        for teacher in teachers:
+            if isinstance(teacher, TeacherSet):
+                digest.update(f"{sorted(teacher.weights.items())} {teacher.combine}".encode())
+    if not networks:
+        raise ValueError(f"{type(network).__name__}: holds no network to tell apart")
     for held in networks:
         for name, tensor in sorted(held.state_dict().items()):
             data = tensor.detach().cpu().contiguous()

@@ -124,7 +124,7 @@ def grad_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def chunk_size(tokens: int, classes: int, budget: int, itemsize: int = 4) -> int:
     """Tokens whose logits of one model fit the budget, split evenly; 0 when that is too few."""
-    fitting = budget // (classes * itemsize)
+    fitting = budget // max(1, classes * itemsize)
     if fitting < min(_SMALLEST_CHUNK, tokens):
         return 0
     if fitting > _SMALLEST_CHUNK:

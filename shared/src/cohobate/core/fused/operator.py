@@ -129,13 +129,17 @@ def _as_inputs(gradients: list[Tensor | None], teachers: int) -> tuple[Any, ...]
 def _scaled(tensor: Tensor, grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if grad is None:
         return None
-    if torch.compiler.is_compiling() or tensor.dtype != dtype:
+    if torch.compiler.is_compiling() or tensor.dtype != dtype or _graph_is_kept():
         return (tensor * grad).to(dtype)
     if grad.device.type == "cpu" and bool(grad == 1):
         return tensor
-    # A copy of the weight's gradient would cost as much as a chunk of logits. Autograd notices the
-    # change and refuses a second backward pass through the same loss.
-    return tensor.mul_(grad)
+    return tensor.mul_(grad)  # a copy of the weight's gradient would raise the peak of memory
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward pass that is running may come again (``retain_graph``)."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return asked is None or bool(asked())
 
 
 def _keep_operands(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -1,10 +1,12 @@
 """The row stage: from raw logits of some tokens to their losses and the gradient of those logits.
 
-It is the reference of the Triton kernel, and on the CPU it walks over blocks of rows that stay in
-the cache.
+It is the reference of the Triton kernel. It walks over blocks of rows, so that its temporaries are
+small and, on the CPU, stay in the cache.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -12,7 +14,8 @@ from torch import Tensor
 from cohobate.core.fused.spec import Spec
 from cohobate.core.losses.divergences import f_terms, project_, pull
 
-_CPU_BLOCK = 1 << 17  # logits; about eight float32 blocks of it are alive at a time
+_CPU_BLOCK = 1 << 17  # logits of a block of rows, which stays in the processor's cache
+_GPU_BLOCK = 1 << 22  # large enough that launching kernels costs little
 
 
 def row_stage(
@@ -37,11 +40,8 @@ def row_stage(
     Returns:
         Divergence times its factor, and cross-entropy, both (n,); zeros for what is not asked.
     """
-    n, classes = raw.shape
-    step = max(1, _CPU_BLOCK // classes) if raw.device.type == "cpu" else max(1, n)
-    divergence, cross_entropy = raw.new_zeros(n), raw.new_zeros(n)
-    for i in range(0, n, step):
-        rows = slice(i, i + step)
+    divergence, cross_entropy = raw.new_zeros(len(raw)), raw.new_zeros(len(raw))
+    for rows in blocks(raw):
         z, slope = spec.activate(raw[rows], 0)
         sides, weight = tuple(t[rows] for t in teacher), coef[rows, None]
         softmax: Softmax | None = None
@@ -67,6 +67,14 @@ def row_stage(
                 grad.mul_(slope)
             torch.mul(grad, spec.scales[0], out=out[rows])
     return divergence, cross_entropy
+
+
+def blocks(logits: Tensor) -> Iterator[slice]:
+    """Blocks of rows of ``logits`` (n, V); about eight arrays of a block's size live at a time."""
+    n, classes = logits.shape
+    step = max(1, (_CPU_BLOCK if logits.device.type == "cpu" else _GPU_BLOCK) // max(1, classes))
+    for i in range(0, n, step):
+        yield slice(i, min(i + step, n))
 
 
 Softmax = tuple[Tensor, Tensor]

@@ -3,47 +3,28 @@
 A first sweep over the tiles finds the normalisers by an online log-sum-exp, a second the row sums
 that the gradient needs (the forward KL needs none), the last forms losses and gradients. Each sweep
 projects again: six or eight matrix products instead of four, but memory no longer grows with the
-number of classes.
+number of classes. As in the chunked evaluation, one tile of student and teacher logits exists at a
+time, and the work on it goes through blocks of its rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cohobate.core.fused.chunked import Problem, Result, grad_dtype
 from cohobate.core.fused.matmul import add_weight_grad, input_grad, project
-from cohobate.core.fused.rows import bucket_terms
+from cohobate.core.fused.rows import blocks, bucket_terms
 from cohobate.core.losses.divergences import f_terms, pull
 
 _TOKENS = 256  # in a tile: fewer make the products slow, more make the tile narrow
-_ALIVE = 8  # arrays of the size of a tile alive at a time
-
-
-class LogSumExp:
-    """Log-sum-exp over the columns of rows that are seen in pieces."""
-
-    def __init__(self, like: Tensor, rows: int) -> None:
-        self.top = like.new_full((rows, 1), -torch.inf)
-        self.sum = like.new_zeros(rows, 1)
-
-    def add(self, z: Tensor) -> None:
-        """Take in more columns (n, v)."""
-        top = torch.maximum(self.top, z.amax(1, keepdim=True))
-        finite = top.nan_to_num(neginf=0.0)  # where every column so far is left out
-        self.sum.mul_((self.top - finite).exp_()).add_((z - finite).exp_().sum(1, keepdim=True))
-        self.top = top
-
-    def value(self) -> Tensor:
-        """The log-sum-exp so far (n, 1); -inf when there was nothing."""
-        return self.top.nan_to_num(neginf=0.0) + self.sum.log()
 
 
 def evaluate_tiles(problem: Problem, elements: int) -> Result:
-    """Losses and gradients in the memory of ``2 · elements`` numbers, beyond the gradients."""
-    elements = max(1, 2 * elements // _ALIVE)
+    """Losses and gradients with tiles of ``elements`` logits of each model."""
     n, classes = problem.tokens, problem.classes
     result = Result.empty(problem, zero=True)
     result.w.zero_()
@@ -66,6 +47,55 @@ def evaluate_tiles(problem: Problem, elements: int) -> Result:
     return result
 
 
+class _LogSumExp:
+    """Log-sum-exp over the columns of rows that are seen in pieces."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.top = torch.full_like(like, -torch.inf)
+        self.sum = torch.zeros_like(like)
+
+    def add(self, rows: slice, z: Tensor) -> None:
+        """Take in more columns (n, v) of some rows."""
+        old, total = self.top[rows], self.sum[rows]
+        top = torch.maximum(old, z.amax(1, keepdim=True))
+        finite = top.nan_to_num(neginf=0.0)  # where every column so far is left out
+        total.mul_((old - finite).exp_()).add_((z - finite).exp_().sum(1, keepdim=True))
+        old.copy_(top)
+
+    def value(self) -> Tensor:
+        """The log-sum-exp so far (n, 1); -inf when there was nothing."""
+        return self.top.nan_to_num(neginf=0.0) + self.sum.log()
+
+
+@dataclass
+class _Block:
+    """Some rows of a tile.
+
+    Attributes:
+        classes: The tile's place on the class axis.
+        rows: The block's place among the tokens.
+        raw: Student's raw logits, a view of the tile.
+        z: Student's logits at temperature 1; may share memory with ``raw``.
+        s: Student's logits over τ; may share memory with ``z``.
+        slope: Of the student's soft cap, if there is one.
+        a: Teacher's logits over τ or log-probabilities, new; none for a teacher of top classes.
+    """
+
+    classes: slice
+    rows: slice
+    raw: Tensor
+    z: Tensor
+    s: Tensor
+    slope: Tensor | None
+    a: Tensor | None
+
+    def inside(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns of the rows' ``ids`` in the tile, and which of them are in it at all."""
+        column = ids[self.rows] - self.classes.start
+        width = self.classes.stop - self.classes.start
+        return column.clamp(0, width - 1), (column >= 0) & (column < width)
+
+
 class _Rows:
     """Some tokens, and what the sweeps over their tiles find out."""
 
@@ -73,16 +103,16 @@ class _Rows:
         self, problem: Problem, start: int, stop: int, width: int, buffers: tuple[Tensor, Tensor]
     ) -> None:
         self.problem, self.spec = problem, problem.spec
-        self.width, self.buffers, self.first = width, buffers, start == 0
+        self.tokens, self.width, self.buffers = (start, stop), width, buffers
         self.x = problem.take(problem.x, start, stop)
         self.coef = problem.take(problem.coef, start, stop)[:, None]
         self.labels = (
             None if problem.labels is None else problem.take(problem.labels, start, stop)[:, None]
         )
-        x_t, *rest = problem.teacher or (problem.x,)
-        # only the rows of a head's weight are not tokens
-        self.teacher = (problem.take(x_t, start, stop), *rest)
-        if self.spec.source == "topk":
+        self.teacher: tuple[Tensor, ...] = ()  # what is small: hidden states, top classes
+        if self.spec.source == "hidden":
+            self.teacher = (problem.take(problem.teacher[0], start, stop),)
+        elif self.spec.source == "topk":
             self.teacher = tuple(problem.take(t, start, stop) for t in problem.teacher)
         zeros = self.coef.new_zeros(stop - start, 1, dtype=problem.dtype)
         self.lse_s = self.lse_t = self.lse_ce = zeros
@@ -90,61 +120,73 @@ class _Rows:
         self.pulled: Tensor | None = None
         self.buckets: Tensor | None = None
 
+    @property
+    def wanted(self) -> bool:
+        """Whether any gradient is."""
+        return any(self.problem.wants)
+
     def tiles(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """Classes, student logits at temperature 1, and the slope of their cap."""
-        n, problem = len(self.x), self.problem
+        """Classes, and the raw logits of student and teacher."""
+        problem = self.problem
         for i in range(0, problem.classes, self.width):
             classes = slice(i, min(i + self.width, problem.classes))
-            v = classes.stop - i
             bias = None if problem.bias is None else problem.bias[classes]
-            out = self.buffers[0][: n * v].view(n, v)
-            raw = project(self.x, problem.w[classes], bias, out)
-            yield classes, *self.spec.activate(raw, 0)
+            raw = project(self.x, problem.w[classes], bias, self.buffer(0, classes))
+            yield classes, raw, self.teacher_tile(classes)
 
-    def teacher_tile(self, classes: slice) -> Tensor:
-        """The teacher's logits over the temperature, or its log-probabilities."""
-        if self.spec.source == "probabilities":
-            p = self.teacher[0][:, classes].to(self.problem.dtype)
-            return p.clamp_min(torch.finfo(p.dtype).tiny).log_()
-        raw = self.teacher[0]
+    def buffer(self, side: int, classes: slice) -> Tensor:
+        """Room for the logits of one model."""
+        n, v = len(self.x), classes.stop - classes.start
+        return self.buffers[side][: n * v].view(n, v)
+
+    def teacher_tile(self, classes: slice) -> Tensor | None:
+        """The teacher's raw logits or probabilities."""
         if self.spec.source == "hidden":
-            x, w, *bias = self.teacher
-            v = classes.stop - classes.start
-            out = self.buffers[1][: len(x) * v].view(len(x), v)
-            raw = project(x, w[classes], bias[0][classes] if bias else None, out)
-        else:
-            raw = raw[:, classes].to(self.problem.dtype)
-        return self.spec.activate(raw, 1)[0] / self.spec.tau
+            _, w, *bias = self.problem.teacher
+            tile_bias = bias[0][classes] if bias else None
+            return project(self.teacher[0], w[classes], tile_bias, self.buffer(1, classes))
+        if self.spec.source in ("logits", "probabilities"):
+            return self.problem.take(self.problem.teacher[0][:, classes], *self.tokens)
+        return None
 
-    def inside(self, classes: slice, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Columns of ``ids`` in the tile, and which of them are in it at all."""
-        column = ids - classes.start
-        there = (column >= 0) & (column < classes.stop - classes.start)
-        return column.clamp(0, classes.stop - classes.start - 1), there
+    def blocks(self, classes: slice, raw: Tensor, teacher: Tensor | None) -> Iterator[_Block]:
+        """A tile in blocks of rows."""
+        spec = self.spec
+        for rows in blocks(raw):
+            z, slope = spec.activate(raw[rows], 0)
+            a = None
+            if teacher is not None and spec.source == "probabilities":
+                a = teacher[rows].to(z.dtype)
+                a = a.clamp_min(torch.finfo(a.dtype).tiny).log_()
+            elif teacher is not None:
+                a = spec.activate(teacher[rows].to(z.dtype), 1)[0] / spec.tau
+            s = z if spec.tau == 1 else z / spec.tau
+            yield _Block(classes, rows, raw[rows], z, s, slope, a)
 
     def find_normalisers(self) -> None:
         """First sweep: log-sum-exps, the label's logit, the logits of the teacher's top classes."""
-        spec, n = self.spec, len(self.x)
-        student, teacher, plain = (LogSumExp(self.divergence, n) for _ in range(3))
+        spec = self.spec
+        student, teacher, plain = (_LogSumExp(self.divergence) for _ in range(3))
         label = torch.zeros_like(self.cross_entropy)
         top = None
         if spec.source == "topk":
             top = self.divergence.new_zeros(self.teacher[0].shape)
-        for classes, z, _ in self.tiles():
-            if self.labels is not None:
-                plain.add(z)
-                column, there = self.inside(classes, self.labels)
-                label.add_(z.gather(1, column) * there)
-            if spec.source == "none":
-                continue
-            s = z / spec.tau
-            if top is not None:
-                column, there = self.inside(classes, self.teacher[0])
-                top.add_(s.gather(1, column) * there)
-                s = _leave_out(s, column, there)
-            student.add(s)
-            if spec.source in ("hidden", "logits"):
-                teacher.add(self.teacher_tile(classes))
+        for tile in self.tiles():
+            for block in self.blocks(*tile):
+                rows, s = block.rows, block.s
+                if self.labels is not None:
+                    plain.add(rows, block.z)
+                    column, there = block.inside(self.labels)
+                    label[rows] += block.z.gather(1, column) * there
+                if spec.source == "none":
+                    continue
+                if top is not None:
+                    column, there = block.inside(self.teacher[0])
+                    top[rows] += s.gather(1, column) * there
+                    s = _leave_out(s, column, there)
+                student.add(rows, s)
+                if block.a is not None and spec.source != "probabilities":
+                    teacher.add(rows, block.a)
         self.lse_s, self.lse_ce = student.value(), plain.value()
         if spec.source in ("hidden", "logits"):
             self.lse_t = teacher.value()
@@ -161,17 +203,19 @@ class _Rows:
         if spec.source in ("none", "topk") or (spec.kind == "forward_kl" and self.wanted):
             return
         self.pulled = torch.zeros_like(self.divergence)
-        for classes, z, _ in self.tiles():
-            a, b = self.teacher_tile(classes) - self.lse_t, z / spec.tau - self.lse_s
-            p, q = a.exp(), b.exp()
-            values = f_terms(spec.kind, p, q, a, b, spec.beta)
-            self.divergence.add_(values.sum(1, keepdim=True))
-            self.pulled.add_(pull(spec.kind, p, q, a, b, spec.beta).sum(1, keepdim=True))
+        for tile in self.tiles():
+            for block in self.blocks(*tile):
+                p, q, a, b = self.sides(block)
+                values = f_terms(spec.kind, p, q, a, b, spec.beta)
+                self.divergence[block.rows] += values.sum(1, keepdim=True)
+                pulled = pull(spec.kind, p, q, a, b, spec.beta)
+                self.pulled[block.rows] += pulled.sum(1, keepdim=True)
 
-    @property
-    def wanted(self) -> bool:
-        """Whether any gradient is."""
-        return any(self.problem.wants)
+    def sides(self, block: _Block) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Probabilities of teacher and student, and their logarithms."""
+        assert block.a is not None
+        a, b = block.a.sub_(self.lse_t[block.rows]), block.s - self.lse_s[block.rows]
+        return a.exp(), b.exp(), a, b
 
     def form_gradients(self, result: Result) -> Tensor | None:
         """Last sweep: gradients, added to ``result`` for weight and bias; returns that of x."""
@@ -180,11 +224,13 @@ class _Rows:
         problem = self.problem
         want_x, want_w, want_bias = problem.wants
         d_x = None
-        for classes, z, slope in self.tiles():
-            dz = self.logit_grad(classes, z)
-            if slope is not None:
-                dz.mul_(slope)
-            dz.mul_(self.spec.scales[0])
+        for tile in self.tiles():
+            classes, dz, _ = tile
+            for block in self.blocks(*tile):
+                grad = self.logit_grad(block)
+                if block.slope is not None:
+                    grad.mul_(block.slope)
+                torch.mul(grad, self.spec.scales[0], out=block.raw)
             if want_bias:
                 result.bias[classes].add_(dz.sum(0))
             dz = dz.to(problem.x.dtype) if problem.x.is_cuda else dz
@@ -192,31 +238,33 @@ class _Rows:
                 part = input_grad(dz, problem.w[classes])
                 d_x = part if d_x is None else d_x.add_(part)
             if want_w:
-                add_weight_grad(result.w[classes], dz, self.x, first=self.first)
+                add_weight_grad(result.w[classes], dz, self.x, first=self.tokens[0] == 0)
         return d_x
 
-    def logit_grad(self, classes: slice, z: Tensor) -> Tensor:
-        """Gradient of the tokens' total loss with respect to a tile of logits."""
-        spec = self.spec
-        grad = torch.zeros_like(z)
-        if self.buckets is not None:
-            column, there = self.inside(classes, self.teacher[0])
-            others = _leave_out(z / spec.tau, column, there)
-            grad = (others - self.lse_s).exp_().nan_to_num_(0).mul_(self.buckets[:, -1:])
-            grad.scatter_add_(1, column, self.buckets[:, :-1] * there)
-        elif spec.source != "none":
-            a, b = self.teacher_tile(classes) - self.lse_t, z / spec.tau - self.lse_s
-            p, q = a.exp(), b.exp()
+    def logit_grad(self, block: _Block) -> Tensor:
+        """Gradient of the tokens' total loss with respect to a block of logits."""
+        spec, rows = self.spec, block.rows
+        if spec.source == "none":
+            grad = torch.zeros_like(block.z)
+        elif self.buckets is not None:
+            column, there = block.inside(self.teacher[0])
+            grad = _leave_out(block.s, column, there).sub_(self.lse_s[rows]).exp_()
+            grad.nan_to_num_(0).mul_(self.buckets[rows, -1:])
+            grad.scatter_add_(1, column, self.buckets[rows, :-1] * there)
+        else:
+            p, q, a, b = self.sides(block)
             if self.pulled is None:  # the forward KL, whose sum is -1
-                self.divergence.add_((p * (a - b)).sum(1, keepdim=True))
-                grad = q - p
+                values = torch.linalg.vecdot(p, a.sub_(b))
+                self.divergence[rows] += values[:, None]
+                grad = q.sub_(p)
             else:
-                grad = pull(spec.kind, p, q, a, b, spec.beta).addcmul_(q, self.pulled, value=-1)
-        grad.mul_(self.coef * (spec.factor / spec.tau))
+                grad = pull(spec.kind, p, q, a, b, spec.beta)
+                grad.addcmul_(q, self.pulled[rows], value=-1)
+        grad.mul_(self.coef[rows] * (spec.factor / spec.tau))
         if self.labels is not None:
-            weight = self.coef * spec.ce_weight
-            grad.addcmul_((z - self.lse_ce).exp_(), weight)
-            column, there = self.inside(classes, self.labels)
+            weight = self.coef[rows] * spec.ce_weight
+            grad.addcmul_((block.z - self.lse_ce[rows]).exp_(), weight)
+            column, there = block.inside(self.labels)
             grad.scatter_add_(1, column, -weight * there)
         return grad
 

@@ -99,20 +99,12 @@ def _sides(
 
 
 @triton.jit
-def _row_kernel(
-    z_ptr, t_ptr, out_ptr, coef_ptr, label_ptr, divergence_ptr, ce_ptr,
-    classes, z_stride, t_stride, out_stride,
-    inverse_tau, factor, ce_weight, beta, scale_s, cap_s, scale_t, cap_t,
-    KIND: tl.constexpr, TEACHER: tl.constexpr, PROBABILITIES: tl.constexpr,
-    LABELS: tl.constexpr, WANT: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr,
-    BLOCK: tl.constexpr,
+def _normalisers(
+    z_ptr, t_ptr, classes, inverse_tau, scale_s, cap_s, scale_t, cap_t,
+    TEACHER: tl.constexpr, PROBABILITIES: tl.constexpr, LABELS: tl.constexpr,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    z_ptr += row * z_stride
-    t_ptr += row * t_stride
-    out_ptr += row * out_stride
-    coef = tl.load(coef_ptr + row).to(tl.float32)
-
+    """First pass: log-sum-exp of student and teacher over τ, and of the student at τ = 1."""
     top_s, sum_s = -float("inf"), 0.0
     top_t, sum_t = -float("inf"), 0.0
     top_z, sum_z = -float("inf"), 0.0
@@ -130,28 +122,57 @@ def _row_kernel(
                 top_t, sum_t = _online(t, top_t, sum_t)
         if LABELS:
             top_z, sum_z = _online(tl.where(inside, z, -float("inf")), top_z, sum_z)
-    lse_s = top_s + tl.log(sum_s)
     lse_t = 0.0 if PROBABILITIES else top_t + tl.log(sum_t)
-    lse_z = top_z + tl.log(sum_z)
+    return top_s + tl.log(sum_s), lse_t, top_z + tl.log(sum_z)
 
-    value = 0.0
-    pulled = -1.0
+
+@triton.jit
+def _sums(
+    z_ptr, t_ptr, classes, lse_s, lse_t, inverse_tau, beta, scale_s, cap_s, scale_t, cap_t,
+    KIND: tl.constexpr, PROBABILITIES: tl.constexpr,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Second pass: the divergence and Σ q ∂f/∂q."""
+    value, pulled = 0.0, 0.0
+    for start in range(0, classes, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < classes
+        z, _ = _activated(tl.load(z_ptr + columns, mask=inside, other=0.0), scale_s, cap_s, CAP_S)
+        p, q, a, b = _sides(
+            z, t_ptr, columns, inside, lse_s, lse_t, inverse_tau, scale_t, cap_t,
+            CAP_T, PROBABILITIES,
+        )  # fmt: skip
+        f, g = _pair(p, q, a, b, beta, KIND)
+        value += tl.sum(tl.where(inside, f, 0.0), 0)
+        pulled += tl.sum(tl.where(inside, g, 0.0), 0)
+    return value, pulled
+
+
+@triton.jit
+def _row_kernel(
+    z_ptr, t_ptr, out_ptr, coef_ptr, label_ptr, divergence_ptr, ce_ptr,
+    classes, z_stride, t_stride, out_stride,
+    inverse_tau, factor, ce_weight, beta, scale_s, cap_s, scale_t, cap_t,
+    KIND: tl.constexpr, TEACHER: tl.constexpr, PROBABILITIES: tl.constexpr,
+    LABELS: tl.constexpr, WANT: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Losses of a row and, in the third pass, the gradient of its logits."""
+    row = tl.program_id(0).to(tl.int64)
+    z_ptr += row * z_stride
+    t_ptr += row * t_stride
+    out_ptr += row * out_stride
+    coef = tl.load(coef_ptr + row).to(tl.float32)
+    lse_s, lse_t, lse_z = _normalisers(
+        z_ptr, t_ptr, classes, inverse_tau, scale_s, cap_s, scale_t, cap_t,
+        TEACHER, PROBABILITIES, LABELS, CAP_S, CAP_T, BLOCK,
+    )  # fmt: skip
+    value, pulled = 0.0, -1.0  # what the forward KL needs before the third pass
     if TEACHER and (KIND != _FORWARD or not WANT):
-        pulled = 0.0
-        for start in range(0, classes, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            inside = columns < classes
-            z, _ = _activated(
-                tl.load(z_ptr + columns, mask=inside, other=0.0), scale_s, cap_s, CAP_S
-            )
-            p, q, a, b = _sides(
-                z, t_ptr, columns, inside, lse_s, lse_t, inverse_tau, scale_t, cap_t,
-                CAP_T, PROBABILITIES,
-            )  # fmt: skip
-            f, g = _pair(p, q, a, b, beta, KIND)
-            value += tl.sum(tl.where(inside, f, 0.0), 0)
-            pulled += tl.sum(tl.where(inside, g, 0.0), 0)
-
+        value, pulled = _sums(
+            z_ptr, t_ptr, classes, lse_s, lse_t, inverse_tau, beta, scale_s, cap_s, scale_t,
+            cap_t, KIND, PROBABILITIES, CAP_S, CAP_T, BLOCK,
+        )  # fmt: skip
     label = tl.load(label_ptr + row) if LABELS else 0
     if LABELS:
         own, _ = _activated(tl.load(z_ptr + label + tl.arange(0, 1)), scale_s, cap_s, CAP_S)
@@ -160,9 +181,8 @@ def _row_kernel(
         for start in range(0, classes, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             inside = columns < classes
-            z, slope = _activated(
-                tl.load(z_ptr + columns, mask=inside, other=0.0), scale_s, cap_s, CAP_S
-            )
+            raw = tl.load(z_ptr + columns, mask=inside, other=0.0)
+            z, slope = _activated(raw, scale_s, cap_s, CAP_S)
             grad = tl.zeros([BLOCK], tl.float32)
             if TEACHER:
                 p, q, a, b = _sides(

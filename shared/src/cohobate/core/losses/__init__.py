@@ -4,7 +4,7 @@ All follow one rule for masks, weights and counts (``cohobate.core.losses.reduce
 float32 (float64 for float64) and return the student's type.
 """
 
-from cohobate.core.losses.contrast import info_nce
+from cohobate.core.losses.contrast import gather_rows, info_nce, region_info_nce
 from cohobate.core.losses.divergences import KINDS, Kind, divergence
 from cohobate.core.losses.feature import (
     attention_map,
@@ -43,6 +43,7 @@ __all__ = [
     "cross_entropy",
     "divergence",
     "forward_kl",
+    "gather_rows",
     "global_items",
     "gram_relation",
     "hint",
@@ -52,6 +53,7 @@ __all__ = [
     "kd_loss",
     "mse",
     "reduce_items",
+    "region_info_nce",
     "reverse_kl",
     "segment_mean",
     "skewed_kl",
