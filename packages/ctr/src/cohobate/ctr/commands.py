@@ -67,23 +67,6 @@ def generate(
     print(out)
 
 
-def onnx(checkpoint: Path, out: Path | None = None) -> None:
-    """Export a run's student as ONNX with open batch and history length.
-
-    Args:
-        checkpoint: Run folder.
-        out: The file; default export/student.onnx in the run folder.
-    """
-    from cohobate.core.runs import checkpoint_file, load_run
-    from cohobate.ctr.nets.inputs import ClickNetwork
-    from cohobate.ctr.suan.serving import export_onnx
-
-    file = checkpoint_file(checkpoint)
-    student = load_run(file).student
-    assert isinstance(student, ClickNetwork)
-    print(export_onnx(student, out or file.parent / "export" / "student.onnx"))
-
-
 def latency(
     candidates: int = 100,
     length: int = 200,
@@ -198,4 +181,4 @@ def scaling(
     print(out / "scaling.png")
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (schema, generate, onnx, latency, scaling)
+COMMANDS: tuple[Callable[..., None], ...] = (schema, generate, latency, scaling)

@@ -15,7 +15,7 @@ from cohobate.core.module import DistillModule
 from cohobate.core.training.schedules import Schedule
 from cohobate.ctr.data import ClickData
 from cohobate.ctr.metrics import ClickMetrics, calibrate, reliability
-from cohobate.ctr.nets.inputs import Batch, ClickNetwork, Common, Layout
+from cohobate.ctr.nets.inputs import Batch, ClickNetwork, Common, Features, Layout
 from cohobate.ctr.optim import EmbeddingOptimizer, click_optimizer
 from cohobate.ctr.suan.losses import click_loss, soft_click_loss
 
@@ -115,8 +115,24 @@ class DistilSUAN(DistillModule):
         return self.network
 
     def example_input(self) -> tuple[Tensor, ...]:
-        """Features of one row."""
-        return tuple(x[:1] for x in self.layout.example(2))
+        """Features of one row, with half the longest history."""
+        row = Features(*(x[:1] for x in self.layout.example(2)))
+        half = max(1, self.network.length // 2)
+        return tuple(
+            row._replace(
+                # contiguous, or the tracer learns that the length is not the whole
+                history=row.history[:, -half:].contiguous(),
+                history_time=row.history_time[:, -half:].contiguous(),
+            )
+        )
+
+    def open_axes(self) -> tuple[dict[int, str], ...]:
+        """The batch, and the length of the history."""
+        histories = ("history", "history_time")
+        return tuple(
+            {0: "batch", 1: "length"} if name in histories else {0: "batch"}
+            for name in Features._fields
+        )
 
     def train(self, mode: bool = True) -> DistilSUAN:
         """Switch mode; a frozen teacher stays in evaluation."""

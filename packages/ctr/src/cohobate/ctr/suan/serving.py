@@ -1,96 +1,17 @@
-"""Use of a trained network in a service: export with open batch and length, and latency."""
+"""A trained network in a service: ways to score a request, and their latency."""
 
 from __future__ import annotations
 
-import logging
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cohobate.core.errors import InputError
-from cohobate.core.io import save_atomic
-from cohobate.ctr.nets.inputs import ClickNetwork, Features, Layout
+from cohobate.ctr.nets.inputs import Features, Layout
 from cohobate.ctr.suan.network import SUAN
-
-
-def dynamic_shapes(network: ClickNetwork) -> tuple[dict[int, Any], ...]:
-    """Open dimensions of the inputs for export: the batch, and the length of the history."""
-    batch = torch.export.Dim("batch", min=1, max=1 << 20)
-    length = torch.export.Dim("length", min=1, max=network.length)
-    shapes: list[dict[int, Any]] = [{0: batch} for _ in Features._fields]
-    for name in ("history", "history_time"):
-        shapes[Features._fields.index(name)][1] = length
-    return tuple(shapes)
-
-
-def export_program(network: ClickNetwork) -> torch.export.ExportedProgram:
-    """Trace a network with ``torch.export``; batch and length stay open."""
-    network = network.cpu().eval()
-    example = network.layout.example(3)
-    length = max(network.length - 1, 2)
-    example = example._replace(
-        # contiguous, or the tracer learns that the length is not the whole
-        history=example.history[:, -length:].contiguous(),
-        history_time=example.history_time[:, -length:].contiguous(),
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the tracer's notes on its own internals
-        return torch.export.export(network, tuple(example), dynamic_shapes=dynamic_shapes(network))
-
-
-def export_onnx(network: ClickNetwork, path: Path, tolerance: float = 1e-4) -> Path:
-    """Write a network as ONNX and check it at other batch sizes and lengths than it was traced at.
-
-    Args:
-        network: the student.
-        path: the file.
-        tolerance: largest difference of a probability.
-
-    Raises:
-        InputError: ONNX Runtime's scores differ; nothing is written.
-    """
-    program = export_program(network)
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)
-    with save_atomic(path) as temporary, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        onnx = torch.onnx.export(program, dynamo=True, verbose=False, external_data=False)
-        assert onnx is not None
-        onnx.save(temporary, external_data=False)
-        for batch, length in ((1, network.length), (4, 1), (2, max(1, network.length // 3))):
-            found = _difference(network, temporary, batch, length)
-            if not found <= tolerance:
-                raise InputError(
-                    f"{path}: ONNX Runtime differs by {found:.2g} at batch {batch}, length "
-                    f"{length} (allowed {tolerance:.2g}); nothing was written"
-                )
-    return path
-
-
-def _difference(network: ClickNetwork, file: Path, batch: int, length: int) -> float:
-    import onnxruntime
-
-    x = network.layout.example(max(batch, 2))
-    x = Features(*(t[:batch] for t in x))
-    x = x._replace(history=x.history[:, -length:], history_time=x.history_time[:, -length:])
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    feed = onnx_feed(session, x)
-    with torch.no_grad():
-        expected = torch.sigmoid(network(*x)).numpy()
-    got = 1 / (1 + np.exp(-session.run(None, feed)[0]))
-    return float(np.abs(expected - got).max())
-
-
-def onnx_feed(session: Any, features: Features) -> dict[str, np.ndarray]:
-    """Inputs by name for an ONNX Runtime session; the graph has none for fields that are empty."""
-    names = {i.name for i in session.get_inputs()}
-    return {k: v.numpy() for k, v in features._asdict().items() if k in names}
 
 
 @dataclass(frozen=True)
