@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from cohobate.core.errors import InputError
-from cohobate.ctr.data.columns import id_values
-from cohobate.ctr.data.schema import hash_ids, hash_strings, parse_schema, read_schema
+from cohobate.ctr.data.ids import hash_ids, hash_strings, id_values
+from cohobate.ctr.data.schema import parse_schema, read_schema
 
 Edit = Callable[[dict[str, Any]], Any]
 

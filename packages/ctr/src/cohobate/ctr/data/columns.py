@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cohobate.core.errors import InputError
-from cohobate.ctr.data.schema import SCALE, Schema, hash_strings
+from cohobate.ctr.data.ids import id_values, integers, is_string, nulls
+from cohobate.ctr.data.schema import SCALE, Schema
 
 Future = Literal["error", "drop"]
 
@@ -29,12 +30,6 @@ def _is_list(kind: pa.DataType) -> bool:
 
 def _is_number(kind: pa.DataType) -> bool:
     return pa.types.is_integer(kind) or pa.types.is_floating(kind)
-
-
-def _is_string(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def check_columns(schema: Schema, arrow: pa.Schema, path: Path, *, labelled: bool = True) -> None:
@@ -62,7 +57,7 @@ def check_columns(schema: Schema, arrow: pa.Schema, path: Path, *, labelled: boo
             raise InputError(f"{path}: column {name!r}: type {kind(name)}, expected {wanted}")
 
     def expect_ids(name: str, vocabulary: str, found: pa.DataType, wanted: str) -> None:
-        strings = schema.fields[vocabulary].encoding != "identity" and _is_string(found)
+        strings = schema.fields[vocabulary].encoding != "identity" and is_string(found)
         expect(name, pa.types.is_integer(found) or strings, wanted)
 
     if labelled:
@@ -80,51 +75,12 @@ def check_columns(schema: Schema, arrow: pa.Schema, path: Path, *, labelled: boo
         expect_ids(name, name, kind(name), "integer ids")
     if schema.user is not None:
         found = kind(schema.user)
-        expect(schema.user, pa.types.is_integer(found) or _is_string(found), "ids")
+        expect(schema.user, pa.types.is_integer(found) or is_string(found), "ids")
     for name, vocabulary in schema.history.items():
         expect(name, _is_list(kind(name)), "a list of ids")
         expect_ids(name, vocabulary, kind(name).value_type, "a list of integer ids")
     for name in schema.dense:
         expect(name, _is_number(kind(name)), "numbers")
-
-
-def id_values(
-    array: pa.Array, path: Path, column: str, rows: np.ndarray | None = None
-) -> np.ndarray:
-    """Ids as int64, strings by their hash; a missing id is -1.
-
-    Args:
-        array: integers or strings.
-        path: for messages.
-        column: for messages.
-        rows: row in the file of each value; None counts from 0.
-
-    Raises:
-        InputError: an id is negative.
-    """
-    if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
-    if _is_string(array.type):
-        text = pc.cast(array.fill_null(""), pa.large_string())
-        _, offsets, data = text.buffers()
-        bounds = np.frombuffer(offsets, np.int64)[text.offset : text.offset + len(text) + 1]
-        ids = hash_strings(np.frombuffer(data or b"", np.uint8), bounds)
-        return np.where(_nulls(array), -1, ids)
-    ids = _integers(array)
-    bad = ids < 0
-    if bad.any():
-        at = int(bad.argmax())
-        row = at if rows is None else int(rows[at])
-        raise InputError(f"{path}: column {column!r}, row {row}: negative id {ids[at]}")
-    return np.where(_nulls(array), -1, ids) if array.null_count else ids
-
-
-def _nulls(array: pa.Array) -> np.ndarray:
-    return array.is_null().to_numpy(zero_copy_only=False)
-
-
-def _integers(array: pa.Array) -> np.ndarray:
-    return array.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
 
 
 @dataclass
@@ -227,9 +183,9 @@ class Decoder:
         """Seconds; a value that is no date in the schema's unit is a fault."""
         unit = self.schema.time_unit
         if required and array.null_count:
-            row = rows[int(_nulls(array).argmax())]
+            row = rows[int(nulls(array).argmax())]
             raise InputError(f"{path}: column {column!r}, row {row}: no time")
-        raw = _integers(array)
+        raw = integers(array)
         if unit == "hour":
             bad = (raw < 0) | (raw > 23)
             hint = "is no hour of the day"
@@ -251,7 +207,7 @@ class Decoder:
         flat: dict[str, Any] = {}
         for name in columns:
             array = batch.column(name)
-            own = _integers(pc.list_value_length(array))
+            own = integers(pc.list_value_length(array))
             if lengths is None:
                 lengths = own
             if (own != lengths).any():

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from cohobate.core.errors import InputError
+from cohobate.ctr.data.ids import hash_ids, id_values
 from cohobate.ctr.nets.inputs import Layout
 
 Encoding = Literal["identity", "hash", "list"]
@@ -21,42 +22,6 @@ TimeUnit = Literal["s", "ms", "us", "hour"]
 
 SCALE: dict[str, int] = {"s": 1, "ms": 1_000, "us": 1_000_000, "hour": 1}
 """How many of a unit make a second; ``hour`` holds an hour of the day and no date."""
-
-
-def hash_ids(values: np.ndarray) -> np.ndarray:
-    """Mix int64 ids to uint64 so that a remainder of them is uniform (splitmix64).
-
-    Args:
-        values: int64 of any shape.
-
-    Example:
-        >>> hash_ids(np.array([1, 2])) % 1000
-        array([465, 110], dtype=uint64)
-    """
-    x = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def hash_strings(data: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Hash UTF-8 strings to non-negative int64 without a loop over them.
-
-    Args:
-        data: uint8 bytes of all strings, one after the other.
-        offsets: (N + 1,) int64 where each string starts.
-
-    Returns:
-        (N,) int64.
-    """
-    data, offsets = data[offsets[0] : offsets[-1]], offsets - offsets[0]
-    length = np.diff(offsets)
-    place = np.arange(len(data)) - np.repeat(offsets[:-1], length)
-    powers = np.full(int(length.max(initial=0)) + 1, 0x100000001B3, dtype=np.uint64).cumprod()
-    terms = (data.astype(np.uint64) + np.uint64(1)) * powers[place]
-    total = np.concatenate([[np.uint64(0)], terms.cumsum(dtype=np.uint64)])
-    sums = total[offsets[1:]] - total[offsets[:-1]]
-    return (hash_ids(sums.view(np.int64)) >> np.uint64(1)).view(np.int64)
 
 
 @dataclass(frozen=True)
@@ -187,8 +152,6 @@ def _vocabulary(path: Path, name: str, entry: Any, start: int) -> Vocabulary:
 
 
 def _read_ids(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    from cohobate.ctr.data.columns import id_values  # a column reader, needs this module
-
     try:
         table = pq.read_table(path)
     except (OSError, ValueError) as error:

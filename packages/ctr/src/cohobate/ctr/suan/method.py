@@ -284,7 +284,7 @@ class DistilSUAN(DistillModule):
         """
         from cohobate.ctr.predict import predict_parquet
 
-        return predict_parquet(self, inputs, out, schema, batch_size)
+        return predict_parquet(self.network, self.sample_rate, inputs, out, schema, batch_size)
 
     def pictures(self, out: Path) -> None:
         """Draw the calibration of the tested weights."""
