@@ -3,8 +3,8 @@
     python tests/benchmarks/lidar/bench_slidr.py [--out docs/results/bench-slidr.json]
 
 Scenes are the SYNTHETIC ones of the default recipe. Forms that are compared take turns in one
-process, and their seconds are those the process got. The step and the reading are also measured by
-the clock, for which the machine must be idle. Medians.
+process; seconds are those the process got, so that other work on the machine counts little.
+Medians.
 """
 
 from __future__ import annotations
@@ -31,16 +31,15 @@ from cohobate.lidar.slidr import Pretrain
 from cohobate.lidar.slidr.losses import EPS, pool
 
 ROOT = Path(__file__).parents[3]
-Clock = Callable[[], float]
 
 
 def main() -> None:
     """Measure and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "docs/results/bench-slidr.json")
-    parser.add_argument("--threads", type=int, default=2, help="of the pre-training step")
     parser.add_argument("--repeat", type=int, default=7)
     asked = parser.parse_args()
+    torch.set_num_threads(1)
     recipe = build("lidar/slidr/pretrain", "--data.simulator.train=8", "--data.simulator.val=1")
     model, data = recipe.model, recipe.datamodule
     assert isinstance(model, Pretrain)
@@ -48,13 +47,13 @@ def main() -> None:
     data.prepare_data()
     data.setup("fit")
     rows = [
-        step_row(model, data, asked.threads, asked.repeat),
+        step_row(model, data, asked.repeat),
         read_row(data, asked.repeat),
         *(pool_row(size, asked.repeat) for size in ((64, 112), (224, 416))),
     ]
     content = {
         "command": "python tests/benchmarks/lidar/bench_slidr.py",
-        "machine": f"{platform.machine()}, 1 thread but where a row says otherwise",
+        "machine": f"{platform.machine()}, 1 thread, process seconds",
         "versions": {name: version(name) for name in ("torch", "cohobate-lidar")},
         "rows": rows,
     }
@@ -64,7 +63,7 @@ def main() -> None:
         print(row)
 
 
-def step_row(model: Pretrain, data: ImageCloudData, threads: int, repeat: int) -> dict[str, Any]:
+def step_row(model: Pretrain, data: ImageCloudData, repeat: int) -> dict[str, Any]:
     """Forward, loss, backward and optimiser step of the default recipe."""
     batch = next(iter(data.train_dataloader()))
     model.train()
@@ -75,17 +74,14 @@ def step_row(model: Pretrain, data: ImageCloudData, threads: int, repeat: int) -
         model.training_step(batch, 0).backward()
         optimizer.step()
 
-    torch.set_num_threads(threads)
-    seconds = in_turn({"step": run}, repeat, "step", time.perf_counter)["step"]
-    torch.set_num_threads(1)
+    seconds = in_turn({"step": run}, repeat, "step")["step"]
     images, _, height, width = batch["images"].shape
     return {
         "what": f"pre-training step, U-Net 16-32-64, {data.batch_size} clouds, "
         f"{images} images of {height}×{width}",
         "seconds": f"{seconds:.3f}",
         "ratio": "",
-        "note": f"{threads} threads, by the clock; {len(batch['inputs'][0]):,} voxels, "
-        f"{len(batch['pairing_points']):,} pairs",
+        "note": f"{len(batch['inputs'][0]):,} voxels, {len(batch['pairing_points']):,} pairs",
     }
 
 
@@ -99,14 +95,14 @@ def read_row(data: ImageCloudData, repeat: int) -> dict[str, Any]:
         for frame in frames:
             read(frame)
 
-    seconds = in_turn({"read": run}, repeat, "reading", time.perf_counter)["read"] / len(frames)
+    seconds = in_turn({"read": run}, repeat, "reading")["read"] / len(frames)
     height, width = frames[0].cameras[0].size
     points, pairs = (len(x) for x in (read(frames[0]).points, read(frames[0]).pairing.points))
     return {
         "what": f"read and pair a frame, six images of {height}×{width}",
         "seconds": f"{seconds:.4f}",
         "ratio": "",
-        "note": f"by the clock; {points:,} points, {pairs:,} pairs",
+        "note": f"{points:,} points, {pairs:,} pairs",
     }
 
 
@@ -120,7 +116,7 @@ def pool_row(size: tuple[int, int], repeat: int, images: int = 24) -> dict[str, 
     }
     for one, other in zip(*(run() for run in runs.values()), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    seconds = in_turn(runs, repeat, "pooling", time.process_time)
+    seconds = in_turn(runs, repeat, "pooling")
     return {
         "what": f"superpixel pooling and gradients, {images} images of {size[0]}×{size[1]}, D = 64",
         "seconds": f"ours {seconds['ours']:.3f}, sparse products {seconds['products']:.3f}",
@@ -134,7 +130,8 @@ def regions(size: tuple[int, int], images: int) -> tuple[Tensor, Tensor, Tensor,
     rng = torch.Generator().manual_seed(0)
     height, width = size
     points = torch.randn(30_000, 64, generator=rng).requires_grad_()
-    pixels = torch.randn(images, 64, height, width, generator=rng).requires_grad_()
+    pixels = torch.randn(images, 64, height, width, generator=rng)
+    pixels = pixels.contiguous(memory_format=torch.channels_last).requires_grad_()  # as the head
     pairs = 1500 * images
     row, column = torch.arange(height) * 10 // height, torch.arange(width) * 15 // width
     labels = (row[:, None] * 15 + column).expand(images, -1, -1)
@@ -162,7 +159,8 @@ def products(
 def one_hot(index: Tensor, count: int) -> Tensor:
     """A sparse matrix (count, N) with a one in each column."""
     places = torch.stack([index, torch.arange(len(index))])
-    return torch.sparse_coo_tensor(places, torch.ones(len(index)), (count, len(index)))
+    size = count, len(index)
+    return torch.sparse_coo_tensor(places, torch.ones(size[1]), size, check_invariants=False)
 
 
 def gradients(outputs: tuple[Tensor, Tensor], leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -171,17 +169,15 @@ def gradients(outputs: tuple[Tensor, Tensor], leaves: tuple[Tensor, ...]) -> tup
     return (*(x.detach() for x in outputs), *torch.autograd.grad(total, leaves))
 
 
-def in_turn(
-    runs: dict[str, Callable[[], Any]], repeat: int, title: str, clock: Clock
-) -> dict[str, float]:
-    """Median seconds of each, one warm-up, all taking turns."""
+def in_turn(runs: dict[str, Callable[[], Any]], repeat: int, title: str) -> dict[str, float]:
+    """Median process seconds of each, one warm-up, all taking turns."""
     found: dict[str, list[float]] = {name: [] for name in runs}
     for turn in tqdm(range(repeat + 1), desc=title):
         for name, run in runs.items():
-            start = clock()
+            start = time.process_time()
             run()
             if turn:
-                found[name].append(clock() - start)
+                found[name].append(time.process_time() - start)
     return {name: statistics.median(seconds) for name, seconds in found.items()}
 
 

@@ -114,9 +114,7 @@ def growth_seconds(cloud: Tensor, repeat: int) -> dict[int, float]:
     torch.manual_seed(0)
     stem, encoder, decoder = SIZES["16-32-64"]
     network = ResUNet(1, 64, stem, encoder, (1, 1), decoder, (1, 1))
-    runs = {
-        str(n): step(network, cloud[:n], torch.randn(n, 1)) for n in COUNTS
-    }
+    runs = {str(n): step(network, cloud[:n], torch.randn(n, 1)) for n in COUNTS}
     return {int(n): value for n, value in in_turn(runs, repeat, "growth").items()}
 
 
