@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,6 +164,22 @@ def test_a_stopped_run_ends_like_one_that_was_not(
     again = tmp_path / "again"
     fit("pretrain", again, root, *PRE, *TWO_EPOCHS)
     assert_same_run(pretrained, again)
+
+
+def test_a_run_killed_twice_ends_like_one_that_was_not(
+    tmp_path: Path, root: Path, pretrained: Path
+) -> None:
+    out = tmp_path / "killed"
+    child = [sys.executable, Path(__file__).with_name("child_killed.py")]
+    words = ["fit", f"{RECIPE}/pretrain", "--out", out, f"--data.root={root}", *SMALL, *PRE]
+    words += [*TWO_EPOCHS, "--checkpoint_steps=1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    for step in (2, 4):  # inside the first and the second epoch
+        ended = subprocess.run([*child, str(step), *words], env=environment, check=False)
+        assert ended.returncode == -signal.SIGKILL
+        assert not runs.RunFolder(out).finished
+    fit("pretrain", out, root, *PRE, *TWO_EPOCHS)
+    assert_same_run(pretrained, out)
 
 
 def test_superpixels_are_a_stage_that_trains_nothing(tmp_path: Path, root: Path) -> None:
