@@ -152,7 +152,7 @@ def _network_entry(path: Path) -> dict[str, Tensor]:
 
 def _encoder(architecture: str) -> nn.Module:
     if architecture.startswith("vit"):
-        return DinoEncoder(architecture)
+        return dino_encoder(architecture)
     return ResNetEncoder(architecture)
 
 
@@ -184,25 +184,21 @@ class ResNetEncoder(torchvision.models.ResNet):
         return x
 
 
-class DinoEncoder(nn.Module):
+def dino_encoder(architecture: str) -> nn.Module:
     """Patch tokens of a vision transformer, under the names that DINO and timm share.
+
+    Position embeddings are interpolated by a factor of (size + 0.1) / 14, as DINO does; timm alone
+    would resize to the exact size.
 
     Args:
         architecture: ``vit_small_p16`` and the like.
-
-    Differences:
-        Position embeddings are interpolated by a factor of (size + 0.1) / 14, as DINO does; timm
-        alone would resize to the exact size.
     """
-
-    def __new__(cls, architecture: str) -> nn.Module:  # type: ignore[misc]
-        """Make timm's network and give it DINO's forward pass; its names stay as they are."""
-        size, patch = architecture.split("_")[1], int(architecture.rsplit("p", 1)[1])
-        network = timm.create_model(
-            f"vit_{size}_patch{patch}_224", num_classes=0, dynamic_img_size=True
-        )
-        network.__class__ = type("DinoEncoder", (_DinoForward, type(network)), {})
-        return network
+    size, patch = architecture.split("_")[1], int(architecture.rsplit("p", 1)[1])
+    network = timm.create_model(
+        f"vit_{size}_patch{patch}_224", num_classes=0, dynamic_img_size=True
+    )
+    network.__class__ = type("DinoEncoder", (_DinoForward, type(network)), {})
+    return network
 
 
 class _DinoForward:
