@@ -52,7 +52,7 @@ def main() -> None:
         *(pool_row(size, asked.repeat) for size in ((64, 112), (224, 416))),
     ]
     content = {
-        "command": "python tests/benchmarks/lidar/bench_slidr.py",
+        "command": f"python tests/benchmarks/lidar/bench_slidr.py --repeat {asked.repeat}",
         "machine": f"{platform.machine()}, 1 thread, process seconds",
         "versions": {name: version(name) for name in ("torch", "cohobate-lidar")},
         "rows": rows,

@@ -61,7 +61,7 @@ def main() -> None:
     rows.append(growth_row(growth))
     draw(growth, asked.out.with_suffix(".png"))
     content = {
-        "command": "python tests/benchmarks/lidar/bench_sparse.py",
+        "command": f"python tests/benchmarks/lidar/bench_sparse.py --repeat {asked.repeat}",
         "machine": f"{platform.machine()}, 1 thread, process seconds",
         "versions": {name: version(name) for name in ("torch", "spconv", "cohobate-lidar")},
         "rows": rows,
