@@ -104,10 +104,9 @@ def test_voxelnet_equals_the_official_network(recorded: Recorded, fill: Fill) ->
         points = network(z["voxel_coords_bzyx"], z["voxel_feats"], z["points_bxyzi"][:, :4])
     assert tuple(bev.shape) == tuple(z["bev_shape"].tolist())
     cell, row, column = z["bev_cells_byx"].long().unbind(1)
-    # The recording's library adds in no fixed order: it differs from itself by up to 2e-3.
-    torch.testing.assert_close(bev[cell, :, row, column], z["bev_values"], rtol=0, atol=2e-3)
+    torch.testing.assert_close(bev[cell, :, row, column], z["bev_values"], rtol=1e-5, atol=1e-5)
     assert (bev.abs().sum(1) > 0).sum() == len(cell)
-    torch.testing.assert_close(points, z["point_feats"], rtol=0, atol=2e-3)
+    torch.testing.assert_close(points, z["point_feats"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

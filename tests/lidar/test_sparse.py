@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,10 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cohobate.core.errors import InputError
+from cohobate.lidar.nets import build
 from cohobate.lidar.sparse import Grid, KernelMap, sparse_conv
 from cohobate.lidar.sparse.geometry import pack, unpack
 
 Recorded = Callable[[str], dict[str, Any]]
+needs_spconv = pytest.mark.skipif(
+    importlib.util.find_spec("spconv") is None, reason="spconv is not installed"
+)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def voxels(count: int, low: int, high: int, seed: int = 0) -> Tensor:
@@ -183,7 +195,8 @@ def test_a_backend_that_is_not_installed() -> None:
         )
 
 
-@pytest.mark.skipif(importlib.util.find_spec("spconv") is None, reason="needs spconv")
+@needs_spconv
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("default")
 def test_both_backends_agree() -> None:
     grid, order = Grid.of(voxels(300, -6, 6))
@@ -197,7 +210,57 @@ def test_both_backends_agree() -> None:
             out.square().sum().backward()
             found.append((out, x.grad, kernel.grad))
         for one, other in zip(*found, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(one.abs().max()))
+            torch.testing.assert_close(
+                one, other, rtol=1e-4, atol=1e-4 * float(one.detach().abs().max())
+            )
+
+
+@needs_spconv
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.filterwarnings("default")
+def test_a_network_learns_alike_on_both_backends() -> None:
+    coordinates = voxels(400, -8, 8)
+    x = torch.randn(len(coordinates), 1, generator=torch.Generator().manual_seed(0))
+    found = []
+    for backend in ("torch", "spconv"):
+        torch.manual_seed(0)
+        network = build("unet-small", 5, backend=backend)  # type: ignore[arg-type]
+        out = network(coordinates, x)
+        out.square().mean().backward()
+        found.append([out, *(p.grad for p in network.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(
+            one, other, rtol=1e-3, atol=1e-4 * float(one.detach().abs().max())
+        )
+
+
+@needs_spconv
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.filterwarnings("default")
+def test_voxelnet_is_the_same_on_both_backends() -> None:
+    coordinates = voxels(300, 0, 40)
+    points = torch.nn.functional.pad(torch.rand(20, 3) * 8 - 51, (1, 0))
+    points[10:, 0] = 1
+    x, found = torch.randn(len(coordinates), 4), []
+    for backend in ("torch", "spconv"):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            found.append(build("voxelnet", 8, backend=backend).eval()(coordinates, x, points))  # type: ignore[arg-type]
+    assert found[0].abs().max() > 0.1
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+@needs_spconv
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.filterwarnings("default")
+def test_what_spconv_computes_wrongly_is_refused() -> None:
+    one = torch.tensor([0])
+    pairs, kernel = KernelMap((one,), (one,), 1, 1), torch.ones(1, 3, 4)
+    with pytest.raises(InputError, match="float64"):
+        sparse_conv(torch.ones(1, 3).double(), kernel.double(), pairs, "spconv")
+    torch.set_num_threads(2)
+    with pytest.raises(InputError, match="OMP_NUM_THREADS=1"):
+        sparse_conv(torch.ones(1, 3), kernel, pairs, "spconv")
 
 
 @pytest.mark.gpu

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from PIL import Image
 
 from cohobate.core import runs
 from cohobate.core.errors import InputError
@@ -32,6 +39,7 @@ from cohobate.lidar.slidr.checkpoint import read_backbone
 RECIPE = "lidar/slidr"
 SMALL = ["--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1"]
 # six scenes: two steps an epoch
+TWO_EPOCHS = ["--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=2"]
 PRE = ["--data.batch_size=2", "--data.crop=[64,112]", "--model.calibration_frames=2"]
 
 
@@ -45,9 +53,7 @@ def fit(stage: str, out: Path, root: Path, *options: str) -> None:
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     out = tmp_path_factory.mktemp("runs") / "pretrain"
-    fit(
-        "pretrain", out, root, *PRE, "--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=2"
-    )
+    fit("pretrain", out, root, *PRE, *TWO_EPOCHS)
     return out
 
 
@@ -86,6 +92,15 @@ def test_the_probe_recipe_is_the_first_two_stages() -> None:
     folder = folder if folder.name == "recipe" else folder.parent
     for name in ("1-pretrain.yaml", "2-probe.yaml"):
         assert (folder / name).read_text() == (folder / "probe" / name).read_text()
+
+
+def test_the_pipeline_has_the_stages_of_the_default_recipe() -> None:
+    folder = dict(recipes("lidar"))["lidar/slidr:1-superpixels"].parent
+    names = [path.stem for path in sorted(folder.iterdir())]
+    assert names == ["1-superpixels", "2-pretrain", "3-probe", "4-finetune", "5-evaluate"]
+    for place, name in enumerate(("pretrain", "probe", "finetune"), start=1):
+        own, other = folder / f"{place + 1}-{name}.yaml", folder.parent / f"{place}-{name}.yaml"
+        assert yaml.safe_load(own.read_text()) == yaml.safe_load(other.read_text())
 
 
 @pytest.mark.parametrize("contrast", ["superpixel", "pixel"])
@@ -147,15 +162,57 @@ def test_a_stopped_run_ends_like_one_that_was_not(
     assert whole["global_step"] == resumed["global_step"]
     # the cosine knows how long training is, so only an interrupted run repeats every number
     again = tmp_path / "again"
-    fit(
-        "pretrain",
-        again,
-        root,
-        *PRE,
-        "--trainer.max_epochs=2",
-        "--trainer.check_val_every_n_epoch=2",
-    )
+    fit("pretrain", again, root, *PRE, *TWO_EPOCHS)
     assert_same_run(pretrained, again)
+
+
+def test_a_run_killed_twice_ends_like_one_that_was_not(
+    tmp_path: Path, root: Path, pretrained: Path
+) -> None:
+    out = tmp_path / "killed"
+    child = [sys.executable, Path(__file__).with_name("child_killed.py")]
+    words = ["fit", f"{RECIPE}/pretrain", "--out", out, f"--data.root={root}", *SMALL, *PRE]
+    words += [*TWO_EPOCHS, "--checkpoint_steps=1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    for step in (2, 4):  # inside the first and the second epoch
+        ended = subprocess.run([*child, str(step), *words], env=environment, check=False)
+        assert ended.returncode == -signal.SIGKILL
+        assert not runs.RunFolder(out).finished
+    fit("pretrain", out, root, *PRE, *TWO_EPOCHS)
+    assert_same_run(pretrained, out)
+
+
+def test_superpixels_are_a_stage_that_trains_nothing(tmp_path: Path, root: Path) -> None:
+    copy, out = tmp_path / "root", tmp_path / "superpixels"
+    shutil.copytree(root, copy, ignore=shutil.ignore_patterns("superpixels*"))
+    fit("superpixels", out, copy)
+    assert len(list(copy.glob("superpixels_slic_60_6_1/*.png"))) == 8 * 6
+    assert (out / "superpixels.png").stat().st_size > 10_000
+    again = tmp_path / "again"
+    fit("superpixels", again, copy, "--trainer.max_epochs=2", "--trainer.limit_train_batches=2")
+    one, other = (
+        torch.load(folder / "last.ckpt", weights_only=True)["state_dict"] for folder in (out, again)
+    )
+    trained = [name for name in one if "running" not in name and "batches" not in name]
+    assert all(torch.equal(one[name], other[name]) for name in trained)
+
+
+def test_evaluation_takes_the_classifier_and_changes_nothing(
+    tmp_path: Path, root: Path, segmented: Path
+) -> None:
+    shutil.copytree(segmented, tmp_path / "run/finetune", ignore=shutil.ignore_patterns("pretrain"))
+    fit("evaluate", tmp_path / "run", root)
+    before, after = (
+        torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
+        for folder in (segmented, tmp_path / "run")
+    )
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    tested, again = (
+        json.loads((folder / "run.json").read_text())["test"]
+        for folder in (segmented, tmp_path / "run")
+    )
+    assert again == pytest.approx(tested, rel=1e-6)
+    assert (tmp_path / "run/segmentation.png").stat().st_size > 10_000
 
 
 def test_fine_tuning_starts_from_the_backbone(pretrained: Path, segmented: Path) -> None:
@@ -204,6 +261,61 @@ def test_a_backbone_of_other_voxels_or_another_loss_is_refused(
     assert_one_line(
         run_command(*stage, "--out", out, "--model.contrast=pixel"), "superpixel contrast"
     )
+
+
+def _first(root: Path, pattern: str) -> Path:
+    return sorted(root.glob(pattern))[0]
+
+
+def _cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def _with_nan(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20] + np.full(5, np.nan, np.float32).tobytes())
+
+
+def _another_size(path: Path) -> None:
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(path)
+
+
+@pytest.mark.parametrize(
+    ("stage", "pattern", "damage", "words"),
+    [
+        ("pretrain", "samples/LIDAR_TOP/*.bin", _cut_off, "cut off"),
+        ("pretrain", "samples/LIDAR_TOP/*.bin", _with_nan, "not finite"),
+        ("pretrain", "samples/LIDAR_TOP/*.bin", lambda p: p.write_bytes(b""), "no points"),
+        ("pretrain", "samples/CAM_BACK/*.jpg", lambda p: p.write_bytes(b"x"), "damaged"),
+        ("pretrain", "superpixels_slic_60_6_1/*.png", _another_size, "(4, 4) pixels"),
+        ("pretrain", "v1.0-sim/ego_pose.json", Path.unlink, "no such table"),
+        ("finetune", "v1.0-sim/sample_data.json", Path.unlink, "no such table"),
+        ("finetune", "lidarseg/*/*.bin", lambda p: p.write_bytes(b"1"), "1 labels for"),
+        ("finetune", "lidarseg/*/*.bin",
+         lambda p: p.write_bytes(b"\xff" * p.stat().st_size), "label id 255"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_named_in_one_line(
+    tmp_path: Path,
+    root: Path,
+    pretrained: Path,
+    stage: str,
+    pattern: str,
+    damage: Callable[[Path], object],
+    words: str,
+) -> None:
+    copy, out = tmp_path / "root", tmp_path / "run"
+    shutil.copytree(root, copy)
+    shutil.copytree(pretrained, out / "pretrain")
+    path = _first(copy, pattern)
+    damage(path)
+    # all scenes are read, so the damaged one is met
+    more = PRE if stage == "pretrain" else ["--data.every=1", "--data.epoch_clouds=6"]
+    done = run_command(
+        "fit", f"{RECIPE}/{stage}", "--out", out, f"--data.root={copy}", *SMALL, *more,
+        "--trainer.max_epochs=1", "--trainer.num_sanity_val_steps=0",
+    )  # fmt: skip
+    assert_one_line(done, path.name, words)
+    assert not (out / "student.safetensors").exists()
 
 
 def test_released_checkpoints_are_read(tmp_path: Path) -> None:
@@ -265,6 +377,12 @@ def test_the_student_is_exported(segmented: Path, tmp_path: Path) -> None:
     assert_export_round_trip(segmented, tmp_path, onnx=False)
 
 
+def test_there_is_no_onnx_and_one_line_says_so(segmented: Path, tmp_path: Path) -> None:
+    words = ["export", RECIPE, "--checkpoint", segmented, "--out", tmp_path / "o", "--format=onnx"]
+    assert_one_line(run_command(*words), "no ONNX form", "safetensors or hub")
+    assert not list(tmp_path.rglob("*.onnx*"))
+
+
 def test_a_run_is_validated(segmented: Path) -> None:
     done = run_command("validate", RECIPE, "--checkpoint", segmented, "--json")
     assert done.code == 0, done.err
@@ -284,3 +402,19 @@ def test_the_packages_own_commands(tmp_path: Path) -> None:
     assert drawn.code == 0, drawn.err
     assert len(list((tmp_path / "p").glob("*.png"))) == 1
     assert_one_line(run_command("pairs", tmp_path / "no", tmp_path / "p", domain="lidar"), "no")
+
+
+@pytest.mark.slow
+def test_the_pipeline_runs_from_images_to_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COHOBATE_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "run"
+    scenes = ["--data.simulator.train=60", "--data.simulator.val=2"]
+    done = run_command(
+        "fit", f"{RECIPE}/pipeline", "--out", out, *SMALL, *scenes, "--trainer.max_epochs=1"
+    )
+    assert done.code == 0, done.err
+    last = json.loads((out / "5-evaluate/run.json").read_text())
+    tuned = json.loads((out / "4-finetune/run.json").read_text())
+    assert last["test"] == pytest.approx(tuned["test"], rel=1e-6)

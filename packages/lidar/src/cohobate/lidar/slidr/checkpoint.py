@@ -54,19 +54,20 @@ def backbone_weights(
     return {name: weights[name] for name in own}
 
 
-def read_backbone(path: Path, voxels: Voxels) -> dict[str, Tensor]:
+def read_backbone(path: Path, voxels: Voxels, contrast: str | None = None) -> dict[str, Tensor]:
     """Weights of a point network from a file.
 
     Args:
         path: A released checkpoint (``model_points``), a run folder, or its
             ``student.safetensors``.
         voxels: What the run uses; a file that says otherwise is refused.
+        contrast: Which loss the run says taught the backbone; ``None`` for any.
 
     Returns:
         Tensors under the network's own names.
 
     Raises:
-        InputError: The file is damaged, or was trained on other voxels.
+        InputError: The file is damaged, was trained on other voxels or by another loss.
     """
     if path.is_dir():
         path = checkpoint_file(path)
@@ -77,7 +78,7 @@ def read_backbone(path: Path, voxels: Voxels) -> dict[str, Tensor]:
     if isinstance(content.get("state_dict"), dict):
         state = content["state_dict"]
         if "settings" in state:
-            check_settings(state["settings"], voxels, None, str(path))
+            check_settings(state["settings"], voxels, contrast, str(path))
         return {k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")}
     return content
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,9 +44,17 @@ def sgd(groups: list[dict[str, Any]], how: Sgd, trainer: pl.Trainer) -> dict[str
         dampening=how.dampening,
         weight_decay=how.weight_decay,
     )
-    epochs = trainer.max_epochs or 1
-    length = epochs if how.cosine == "epoch" else int(trainer.estimated_stepping_batches)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(length, 1))
+
+    def share(done: int) -> float:
+        # How long training is, is asked for only once it runs: asked for earlier, Lightning sets up
+        # the data before it knows where a stopped run was, and that run would begin its epoch anew.
+        if not done:
+            return 1.0
+        by_epoch = how.cosine == "epoch"
+        length = (trainer.max_epochs or 1) if by_epoch else trainer.estimated_stepping_batches
+        return (1 + math.cos(math.pi * min(done / length, 1.0))) / 2
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
     return {
         "optimizer": optimizer,
         "lr_scheduler": {"scheduler": schedule, "interval": how.cosine},

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cohobate.core.errors import InputError
+from cohobate.core.io import fitting_weights
 from cohobate.core.module import DistillModule
 from cohobate.lidar.data import Batch, Intensity, Voxels
 from cohobate.lidar.metrics import confusion, intersection_over_union
@@ -39,8 +40,8 @@ class Segment(DistillModule):
         backend: What computes the sparse convolutions.
         pretrained: A backbone from elsewhere: a released checkpoint, a run folder, or a
             ``student.safetensors``. A stage that starts from an earlier one needs none.
-        contrast: Which loss has taught the backbone; an earlier stage that says otherwise is
-            refused.
+        contrast: Which loss has taught the backbone; an earlier stage or a run folder that says
+            otherwise is refused.
         probe: Train the last layer alone.
         optimizer: Settings of SGD; ``lr`` is that of the backbone, and with ``probe`` of all.
         lr_head: Learning rate of the last layer in fine-tuning; ``None`` takes ``optimizer.lr``.
@@ -112,20 +113,24 @@ class Segment(DistillModule):
     def setup(self, stage: str) -> None:
         """Take over a backbone from a file; a resumed run then overwrites it with its own."""
         if stage == "fit" and self.pretrained is not None:
-            weights = read_backbone(self.pretrained, self.voxels)
+            contrast = self.contrast if self.distill else None
+            weights = read_backbone(self.pretrained, self.voxels, contrast)
             self._take(weights, str(self.pretrained))
 
     def load_stage(self, weights: dict[str, Tensor]) -> None:
-        """Take over everything but the last layer from the pre-training stage.
+        """Take over pre-training but its last layer, or all of an earlier stage of this class.
 
         Raises:
             InputError: The backbone is another, or was trained otherwise than this run says.
         """
-        if "settings" in weights:
-            # the baseline's backbone was taught by nothing
-            contrast = self.contrast if self.distill else None
-            check_settings(weights["settings"], self.voxels, contrast, "the earlier stage")
         own = {k.removeprefix("network."): v for k, v in weights.items()}
+        if "settings" not in weights:
+            source = Path("the earlier stage")
+            self.network.load_state_dict(fitting_weights(self.network, own, source))
+            return
+        # the baseline's backbone was taught by nothing
+        contrast = self.contrast if self.distill else None
+        check_settings(weights["settings"], self.voxels, contrast, "the earlier stage")
         self._take(own, "the earlier stage")
 
     def _take(self, weights: dict[str, Tensor], source: str) -> None:

@@ -22,9 +22,17 @@ def convolve(features: Tensor, kernel: Tensor, pairs: KernelMap) -> Tensor:
         pairs: Which rows meet.
 
     Raises:
-        InputError: spconv is not installed.
+        InputError: spconv is not installed, or would compute something wrong.
     """
     library = _library()
+    if features.dtype == torch.float64:
+        raise InputError("backend spconv: float64 is not computed; use float32, or backend torch")
+    if not features.is_cuda and torch.get_num_threads() > 1:
+        # its threads add to the same rows at once, and some of the sums are lost
+        raise InputError(
+            "backend spconv: on a CPU it is right with one thread only; set OMP_NUM_THREADS=1, "
+            "or use backend torch"
+        )
     indices, counts = _indices(pairs, features.device)
     # spconv's filters are (C_out, three kernel axes, C_in)
     filters = kernel.permute(2, 0, 1)[:, :, None, None, :].contiguous()
