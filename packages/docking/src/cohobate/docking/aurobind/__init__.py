@@ -1,0 +1,1 @@
+"""Fitness aligned structural modeling enables scalable virtual screening (arXiv:2508.02137)."""

@@ -1,0 +1,1 @@
+"""Receptors, ligands, libraries and complexes."""
