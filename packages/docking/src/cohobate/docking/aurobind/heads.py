@@ -119,7 +119,7 @@ class DistogramHead(nn.Module):
 
 
 class ConfidenceHead(nn.Module):
-    """How good a pose is: pLDDT and resolved for each token, PDE and PAE for each pair.
+    """How good a pose is: pLDDT of each token, PDE of each pair.
 
     Args:
         single: Channels of the tokens.
@@ -132,11 +132,10 @@ class ConfidenceHead(nn.Module):
         super().__init__()
         self.distance = nn.Linear(distances, pair, bias=False)
         self.stack = PairformerStack(blocks, single, pair)
-        self.plddt, self.resolved = nn.Linear(single, 50), nn.Linear(single, 2)
-        self.pde, self.pae = nn.Linear(pair, 64), nn.Linear(pair, 64)
+        self.plddt, self.pde = nn.Linear(single, 50), nn.Linear(pair, 64)
 
     def forward(self, s: Tensor, z: Tensor, near: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """Logits by name: plddt (B, N, 50), resolved (B, N, 2), pde and pae (B, N, N, 64).
+        """Logits by name: plddt (B, N, 50), pde (B, N, N, 64).
 
         Args:
             s: Tokens (B, N, C_s).
@@ -145,9 +144,4 @@ class ConfidenceHead(nn.Module):
             mask: Which tokens there are (B, N).
         """
         s, z = self.stack(s, z + self.distance(near), mask)
-        return {
-            "plddt": self.plddt(s),
-            "resolved": self.resolved(s),
-            "pde": self.pde(z + z.transpose(1, 2)),
-            "pae": self.pae(z),
-        }
+        return {"plddt": self.plddt(s), "pde": self.pde(z + z.transpose(1, 2))}

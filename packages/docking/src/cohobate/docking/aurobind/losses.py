@@ -285,10 +285,10 @@ def plackett_luce(
     wide = fitness if fitness.dtype == torch.float64 else fitness.float()
     order = torch.arange(label.shape[1], device=label.device).expand(label.shape)
     if ties is not None:
-        order = ties.argsort(1, descending=True, stable=True)
+        order = ties.argsort(dim=1, descending=True, stable=True)
     last = torch.finfo(label.dtype).min
     key = label.masked_fill(~mask, last).gather(1, order)
-    order = order.gather(1, key.argsort(1, descending=True, stable=True))
+    order = order.gather(1, key.argsort(dim=1, descending=True, stable=True))
     scores, valid = (wide / tau).gather(1, order), mask.gather(1, order)
     # Padding stands last, and must not reach the sums from behind.
     shut = scores.masked_fill(~valid, torch.finfo(scores.dtype).min)

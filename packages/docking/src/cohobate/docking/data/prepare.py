@@ -8,13 +8,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from rdkit import Chem, RDConfig, RDLogger
+import numpy as np
+from rdkit import Chem, RDConfig
 from rdkit.Chem import Crippen, Descriptors, FilterCatalog, rdMolDescriptors
 from tqdm import tqdm
 
 from cohobate.core.errors import InputError
 from cohobate.core.io import save_atomic
 from cohobate.docking import vina
+from cohobate.docking.data.molecules import Problems, read
+from cohobate.docking.data.receptors import crop, find_pocket, read_receptor
 
 _RESIDUE_CUT = 8.0
 _ORGANIC = {1, 6, 7, 8, 9, 16, 17, 35}
@@ -24,7 +27,7 @@ def prepare(
     out: Path,
     targets: list[str] = ["CDK2", "ESR1", "F10", "HSP90AA1"],  # noqa: B006 (read only)
     library: Path | None = None,
-    ligands: int = 72,
+    ligands: int = 36,
     exhaustiveness: int = 4,
     box: float | None = 20.0,
     seed: int = 0,
@@ -46,7 +49,6 @@ def prepare(
         seed: Seed of choice and docking.
         minutes: Stop after so long; call again to go on.
     """
-    RDLogger.DisableLog("rdApp.*")
     stop = time.monotonic() + 60 * (minutes or 1e9)
     molecules = choose(library or Path(RDConfig.RDDataDir) / "NCI" / "first_5K.smi", ligands, seed)
     out.mkdir(parents=True, exist_ok=True)
@@ -91,13 +93,11 @@ def choose(path: Path, count: int, seed: int) -> list[Chem.Mol]:
     alerts = FilterCatalog.FilterCatalogParams()
     alerts.AddCatalog(FilterCatalog.FilterCatalogParams.FilterCatalogs.BRENK)
     catalogue = FilterCatalog.FilterCatalog(alerts)
-    for number, line in enumerate(path.read_text().splitlines()):
-        words = line.split()
-        molecule = Chem.MolFromSmiles(words[0]) if words else None
-        if molecule is None or not drug_like(molecule) or catalogue.HasMatch(molecule):
+    for record in read(path, Problems()):
+        molecule = record.molecule
+        if not drug_like(molecule) or catalogue.HasMatch(molecule):
             continue
-        name = words[1] if len(words) > 1 else str(number + 1)
-        molecule.SetProp("_Name", name)
+        molecule.SetProp("_Name", record.name)
         found.setdefault(Chem.MolToSmiles(molecule), molecule)
     if len(found) < count:
         raise InputError(f"{path}: {len(found)} drug-like molecules, {count} are wanted")
@@ -150,9 +150,8 @@ def _read(path: Path) -> dict[str, Chem.Mol]:
 def _write(path: Path, done: dict[str, Chem.Mol], order: list[Chem.Mol]) -> None:
     """Write in the order of the list, so that a stopped and resumed run gives the same file."""
     blocks = [Chem.SDWriter.GetText(done[m.GetProp("_Name")]) for m in _known(done, order)]
-    with save_atomic(path) as temporary, open(temporary, "wb") as raw:
-        with gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as file:
-            file.write("".join(blocks).encode())
+    with save_atomic(path) as temporary:
+        _gzip(temporary, "".join(blocks))
 
 
 def _known(done: dict[str, Chem.Mol], order: list[Chem.Mol]) -> Iterator[Chem.Mol]:
@@ -160,4 +159,14 @@ def _known(done: dict[str, Chem.Mol], order: list[Chem.Mol]) -> Iterator[Chem.Mo
 
 
 def _write_pocket(receptor: Path, path: Path, poses: list[Chem.Mol]) -> None:
-    raise NotImplementedError
+    structure = read_receptor(receptor)
+    atoms = np.concatenate([pose.GetConformer().GetPositions() for pose in poses])
+    pocket = find_pocket(structure, ligand=atoms, cutoff=_RESIDUE_CUT, source=str(receptor))
+    with save_atomic(path) as temporary:
+        _gzip(temporary, crop(structure, pocket))
+
+
+def _gzip(path: Path, text: str) -> None:
+    """The same bytes every time: no name and no date inside."""
+    with path.open("wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as file:
+        file.write(text.encode())
