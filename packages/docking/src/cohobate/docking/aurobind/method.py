@@ -439,6 +439,46 @@ class AuroBind(DistillModule):
         rmse = float(np.sqrt(np.mean((score - label) ** 2)))
         return {**ranking(score, label, group), "rmse": rmse}
 
+    # --- use ---------------------------------------------------------------------------------
+
+    def predict_files(
+        self,
+        inputs: list[Path],
+        out: Path,
+        *,
+        receptor: Path,
+        ligand: Path | None = None,
+        centre: tuple[float, float, float] | None = None,
+        size: tuple[float, float, float] = (20.0, 20.0, 20.0),
+        residues: list[str] | None = None,
+        max_residues: int = 24,
+        poses: int = 1,
+        steps: int = 20,
+        seed: int = 0,
+    ) -> list[Path]:
+        """Pose molecules in a receptor's pocket: one SDF for each file, best pose first.
+
+        Args:
+            inputs: .sdf, .mol2, .smi, .csv or .parquet, also .gz.
+            out: Folder for the SDF files, with tags score, pK_pred, confidence, rank, seed.
+            receptor: .pdb, .cif or .pdbqt, also .gz.
+            ligand: File of a reference ligand in the site …
+            centre: … or the centre of a box, Å …
+            size: … and its size …
+            residues: … or the site's residues, A:123.
+            max_residues: The pocket is cut to these nearest to its centre; as in training.
+            poses: Poses of each molecule.
+            steps: Of the sampler.
+            seed: Same seed, same file.
+
+        Returns:
+            The files written.
+        """
+        from cohobate.docking.aurobind.predict import Site, predict_poses
+
+        site = Site(receptor, ligand, centre, size, residues, max_residues)
+        return predict_poses(self, inputs, out, site, poses, steps, seed)
+
 
 def _lists(of: Tensor) -> tuple[Tensor, Tensor]:
     """Rows (L, K) of each list in a flat batch, and which there are, from their ids (B,)."""

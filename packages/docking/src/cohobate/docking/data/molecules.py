@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import gzip
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -83,6 +83,34 @@ def read(path: Path, problems: Problems) -> Iterator[Record]:
             raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
+def rows(path: Path, problems: Problems) -> Iterator[tuple[str, str, str]]:
+    """The (SMILES, name, place) of a library, without parsing what is text.
+
+    Args:
+        path: As for `read`.
+        problems: Gets what could not be read.
+
+    Raises:
+        InputError: The file cannot be read at all, or is of another kind.
+    """
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    try:
+        if suffix in (".smi", ".smiles"):
+            yield from _smiles_rows(path)
+        elif suffix == ".csv":
+            with _open(path) as file:
+                for smiles, name, place, _ in _columns(csv.DictReader(file), path, first=2):
+                    yield smiles, name, place
+        elif suffix == ".parquet":
+            for smiles, name, place, _ in _columns(_parquet_rows(path), path, first=1):
+                yield smiles, name, place
+        else:
+            for record in read(path, problems):
+                yield Chem.MolToSmiles(Chem.RemoveHs(record.molecule)), record.name, record.place
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
 def parse_smiles(text: str) -> tuple[Chem.Mol | None, str]:
     """A molecule, or why there is none."""
     if not text.strip():
@@ -124,37 +152,44 @@ def _one(
         yield molecule
 
 
-def _smiles(path: Path, problems: Problems) -> Iterator[Record]:
+def _smiles_rows(path: Path) -> Iterator[tuple[str, str, str]]:
     with _open(path) as file:
         for number, line in enumerate(file, 1):
             words = line.split()
             if not words or (number == 1 and words[0].lower() in _SMILES_COLUMNS):
                 continue
-            place = f"line {number}"
-            for molecule in _one(*parse_smiles(words[0]), path, place, problems):
-                yield Record(molecule, words[1] if len(words) > 1 else str(number), place)
+            yield words[0], words[1] if len(words) > 1 else str(number), f"line {number}"
+
+
+def _smiles(path: Path, problems: Problems) -> Iterator[Record]:
+    for smiles, name, place in _smiles_rows(path):
+        for molecule in _one(*parse_smiles(smiles), path, place, problems):
+            yield Record(molecule, name, place)
 
 
 def _table(path: Path, problems: Problems) -> Iterator[Record]:
     with _open(path) as file:
-        yield from _rows(csv.DictReader(file), path, problems, first=2)
+        yield from _parsed(_columns(csv.DictReader(file), path, first=2), path, problems)
 
 
 def _parquet(path: Path, problems: Problems) -> Iterator[Record]:
+    yield from _parsed(_columns(_parquet_rows(path), path, first=1), path, problems)
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
-        batches = parquet.ParquetFile(path).iter_batches(batch_size=8192)
-        rows = (row for batch in batches for row in batch.to_pylist())
-        yield from _rows(rows, path, problems, first=1)
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=8192):
+            yield from batch.to_pylist()
     except pa.ArrowInvalid as error:
         raise InputError(f"{path}: {' '.join(str(error).split())}") from None
 
 
-def _rows(
-    rows: Iterator[dict[str, Any]], path: Path, problems: Problems, first: int
-) -> Iterator[Record]:
+def _columns(
+    rows: Iterable[dict[str, Any]], path: Path, first: int
+) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     smiles, name = "", ""
     for number, row in enumerate(rows, first):
         if not smiles:
@@ -163,9 +198,15 @@ def _rows(
             name = next((lower[c] for c in _NAME_COLUMNS if c in lower), "")
             if not smiles:
                 raise InputError(f"{path}: no column smiles (it has: {', '.join(map(str, row))})")
-        place = f"line {number}"
-        for molecule in _one(*parse_smiles(str(row[smiles] or "")), path, place, problems):
-            yield Record(molecule, str(row.get(name) or number), place, row)
+        yield str(row[smiles] or ""), str(row.get(name) or number), f"line {number}", row
+
+
+def _parsed(
+    found: Iterator[tuple[str, str, str, dict[str, Any]]], path: Path, problems: Problems
+) -> Iterator[Record]:
+    for smiles, name, place, row in found:
+        for molecule in _one(*parse_smiles(smiles), path, place, problems):
+            yield Record(molecule, name, place, row)
 
 
 def _sdf(path: Path, problems: Problems) -> Iterator[Record]:
