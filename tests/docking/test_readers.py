@@ -102,9 +102,9 @@ def test_what_is_no_receptor_is_one_line(tmp_path, name, text, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match="nothing.pdb: No such file"):
+    with pytest.raises(InputError, match=r"nothing\.pdb: No such file"):
         read_receptor(tmp_path / "nothing.pdb")
-    with pytest.raises(InputError, match="nothing.smi: No such file"):
+    with pytest.raises(InputError, match=r"nothing\.smi: No such file"):
         list(read(tmp_path / "nothing.smi", Problems()))
 
 

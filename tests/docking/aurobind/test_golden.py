@@ -73,8 +73,9 @@ def test_the_whole_sampler(recorded, number):
 
 def block(r):
     found = weights(r)
+    inner = found["pair_stack.tri_mul_out.linear_z.weight"].shape[1]
     made = PairformerBlock(
-        r["s"].shape[-1], r["z"].shape[-1], found["pair_stack.tri_mul_out.linear_z.weight"].shape[1],
+        r["s"].shape[-1], r["z"].shape[-1], inner,
         int(r["heads_single"]), int(r["heads_pair"]), int(r["transition_n"]),
     )  # fmt: skip
     made.load_state_dict(found)

@@ -95,9 +95,7 @@ def test_poses_come_back_with_the_inputs_chemistry(run, tmp_path):
     words = ["--receptor", receptor, "--ligand", tmp_path / "site.sdf", "--poses", "2",
              "--steps", "2", "--checkpoint", run / "5-student"]  # fmt: skip
     for out in ("a", "b"):
-        done = run_command(
-            "predict", "docking/aurobind", library, *words, "--out", tmp_path / out
-        )
+        done = run_command("predict", "docking/aurobind", library, *words, "--out", tmp_path / out)
         assert done.code == 0, done.err
     first, second = ((tmp_path / out / "ligands.poses.sdf").read_bytes() for out in "ab")
     assert first == second, "the same seed gives the same file"

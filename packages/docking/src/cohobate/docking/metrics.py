@@ -71,7 +71,9 @@ def screening(score: ArrayLike, label: ArrayLike, seed: int = 0) -> dict[str, fl
     }
 
 
-def ranking(score: ArrayLike, label: ArrayLike, group: ArrayLike, least: int = 5) -> dict[str, float]:
+def ranking(
+    score: ArrayLike, label: ArrayLike, group: ArrayLike, least: int = 5
+) -> dict[str, float]:
     """Spearman's ρ and Kendall's τ-b inside each target, averaged over targets.
 
     Args:
@@ -125,9 +127,7 @@ def pose_rmsd(
     if not symmetry:
         return np.array([rmsd(reference, p, numbers, numbers, minimize=superpose) for p in poses])
     return np.array(
-        symmrmsd(
-            reference, list(poses), numbers, numbers, adjacency, adjacency, minimize=superpose
-        )
+        symmrmsd(reference, list(poses), numbers, numbers, adjacency, adjacency, minimize=superpose)
     )
 
 

@@ -28,9 +28,7 @@ def _require(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise InputError(
-            f"{name} is not installed: pip install 'cohobate-docking[vina]'"
-        ) from None
+        raise InputError(f"{name} is not installed: pip install 'cohobate-docking[vina]'") from None
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def plddt(logits: Tensor) -> Tensor:
     """Expected lDDT, from 0 to 1, from logits (..., bins).
 
     Example:
-        >>> plddt(torch.zeros(50)).item()
+        >>> round(plddt(torch.zeros(50)).item(), 4)
         0.5
     """
     bins = logits.shape[-1]
@@ -80,7 +80,7 @@ class Scores:
 
 
 def tm_scores(logits: Tensor, chain: Tensor, frames: Tensor, mask: Tensor) -> Scores:
-    """pTM and ipTM, also of each chain and each pair of chains; only tokens with a frame count.
+    """The scores pTM and ipTM, also of chains and pairs of chains; only frames count.
 
     Args:
         logits: PAE logits (B, N, N, bins).

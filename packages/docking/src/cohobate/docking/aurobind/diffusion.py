@@ -56,8 +56,8 @@ class Noise:
         """Levels from the highest to the lowest, then 0: (steps + 2,), Å.
 
         Example:
-            >>> Noise(16.0, 160.0, 4e-4).schedule(200)[[0, -2, -1]].tolist()
-            [2560.0, 0.006400000303983688, 0.0]
+            >>> [round(x, 4) for x in Noise(16.0, 160.0, 4e-4).schedule(200)[[0, -2, -1]].tolist()]
+            [2560.0, 0.0064, 0.0]
         """
         place = torch.arange(steps + 1, dtype=torch.float64) / steps
         high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
@@ -66,7 +66,9 @@ class Noise:
 
     def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """Noise levels for training (count,), Å."""
-        return self.sigma_data * (torch.randn(count, generator=generator) * self.std + self.mean).exp()
+        return (
+            self.sigma_data * (torch.randn(count, generator=generator) * self.std + self.mean).exp()
+        )
 
     def scale_in(self, x: Tensor, t: Tensor) -> Tensor:
         """What the network sees: coordinates of unit spread."""

@@ -93,7 +93,7 @@ class FitnessHead(nn.Module):
         return (self.token_weights(mask, ligand).to(terms) * terms).sum(-1)
 
     def token_weights(self, mask: Tensor, ligand: Tensor) -> Tensor:
-        """Weight of each token (B, N): the ligand's sum is ``ligand_weight`` times the protein's."""
+        """Weight of each token (B, N): the ligand's sum is ``ligand_weight`` × the pocket's."""
         lig, pro = mask.bool() & ligand.bool(), mask.bool() & ~ligand.bool()
         number = lig.sum(-1, keepdim=True).clamp(min=1)
         weight = lig * self.ligand_weight * pro.sum(-1, keepdim=True) / number + pro

@@ -93,7 +93,7 @@ def smooth_lddt(
     Example:
         >>> x = torch.tensor([[[0.0, 0, 0], [3, 0, 0]]])
         >>> round(smooth_lddt(x, x, torch.ones(1, 2)).item(), 4)
-        0.1961
+        0.1959
     """
     near_x, near_t, pair = [_distances(x, x)], [_distances(target, target)], []
     other = mask[:, :, None] * mask[:, None, :]
@@ -186,7 +186,7 @@ def binned(logits: Tensor, index: Tensor, mask: Tensor) -> Tensor:
 def lddt_of_atoms(
     x: Tensor, target: Tensor, fixed: Tensor, fixed_mask: Tensor, cutoff: float = 15.0
 ) -> Tensor:
-    """lDDT of each ligand atom against the protein: what pLDDT predicts.
+    """The lDDT of each ligand atom against the protein: what pLDDT predicts.
 
     Args:
         x: Predicted coordinates (B, A, 3), Å.
@@ -375,6 +375,15 @@ def score(student: Tensor, wanted: Tensor, mask: Tensor | None = None) -> Tensor
     if mask is None:
         return error.mean()
     return (error * mask).sum() / mask.sum().clamp(min=1)
+
+
+def rows_of(of: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (L, K) of each list in a flat batch, and which there are, from their ids (B,)."""
+    sizes = of.bincount()
+    mask = torch.arange(int(sizes.max()), device=of.device) < sizes[:, None]
+    rows = torch.zeros(mask.shape, dtype=torch.long, device=of.device)
+    rows[mask] = torch.arange(len(of), device=of.device)
+    return rows, mask
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from cohobate.docking.aurobind.network import StructureModel, Symmetry
 from cohobate.docking.aurobind.student import FastStudent, Score
 from cohobate.docking.aurobind.targets import Answers, answers_of
 from cohobate.docking.data.features import BITS, ELEMENTS, POCKET_CHANNELS, Batch
-from cohobate.docking.metrics import molecule_rmsd, ranking
+from cohobate.docking.metrics import ranking
 
 log = logging.getLogger("cohobate")
 Stage = Literal["structure", "self-distil", "fitness", "preference", "student"]
@@ -183,7 +183,9 @@ class AuroBind(DistillModule):
             found = weights.get(f"network.{name}")
             if found is None or found.shape != tensor.shape:
                 raise InputError(f"the earlier stage has no fitting weights for network.{name}")
-        own = {k.removeprefix("network."): v for k, v in weights.items() if k.startswith("network.")}
+        own = {
+            k.removeprefix("network."): v for k, v in weights.items() if k.startswith("network.")
+        }
         self.network.load_state_dict(own)
 
     def example_input(self) -> tuple[Tensor, ...]:
@@ -214,7 +216,7 @@ class AuroBind(DistillModule):
     # --- before training ---------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Ask the teacher what this stage learns from it, once; the run folder keeps the answers."""
+        """Ask the teacher once for what this stage learns; the run folder keeps the answers."""
         data: Any = getattr(self.trainer, "datamodule", None)
         if data is None or not hasattr(data, "batches_of"):
             return
@@ -238,20 +240,24 @@ class AuroBind(DistillModule):
             )
             kept = self.keep.passing(scores).tolist()
             rmsd = [
-                _rmsd(data.data.complexes[i], x)
+                structure.error_of(data.data.complexes[i], x)
                 for i, x, good in zip(places, poses, kept, strict=True) if good
             ]  # fmt: skip
             found: dict[str, np.ndarray] = {}
             hidden = data.hidden_poses()
             if not hidden:
-                raise InputError("self-distillation: every pose is shown; data.posed must be below 1")
+                raise InputError(
+                    "self-distillation: every pose is shown; data.posed must be below 1"
+                )
             if structure.open_gate(self.keep, rmsd):
                 places, poses, scores = structure.self_labels(
                     self.network, self._moved(data.batches_of(hidden)), self.keep, seed + 1
                 )
                 kept = self.keep.passing(scores).tolist()
                 found = {
-                    str(i): x.numpy() for i, x, good in zip(places, poses, kept, strict=True) if good
+                    str(i): x.numpy()
+                    for i, x, good in zip(places, poses, kept, strict=True)
+                    if good
                 }
                 log.info("self-distillation: %d of %d poses kept", len(found), len(hidden))
             np.savez(path, **found)  # type: ignore[arg-type]
@@ -325,7 +331,7 @@ class AuroBind(DistillModule):
 
     def _preference(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
         fitness, _, known = outputs
-        rows, mask = _lists(batch["list"])
+        rows, mask = losses.rows_of(batch["list"])
         score, label = fitness[rows], batch["label"][rows]
         if self._reference is not None:
             reference = self._reference[batch["index"].cpu()].to(score)[rows]
@@ -405,7 +411,10 @@ class AuroBind(DistillModule):
         for row, place in enumerate(batch["index"].tolist()):
             one = data.data.complexes[place]
             if one.molecule.GetNumConformers():
-                every = [_rmsd(one, pose[: one.molecule.GetNumAtoms()].cpu()) for pose in x[row]]
+                every = [
+                    structure.error_of(one, pose[: one.molecule.GetNumAtoms()].cpu())
+                    for pose in x[row]
+                ]
                 self._seen.append(
                     {"rmsd": np.array([every[0]]), "best": np.array([min(every)]),
                      "plddt": scores["ligand_plddt"][row, :1].cpu().numpy()}
@@ -478,21 +487,3 @@ class AuroBind(DistillModule):
 
         site = Site(receptor, ligand, centre, size, residues, max_residues)
         return predict_poses(self, inputs, out, site, poses, steps, seed)
-
-
-def _lists(of: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (L, K) of each list in a flat batch, and which there are, from their ids (B,)."""
-    sizes = of.bincount()
-    mask = torch.arange(int(sizes.max()), device=of.device) < sizes[:, None]
-    rows = torch.zeros(mask.shape, dtype=torch.long, device=of.device)
-    rows[mask] = torch.arange(len(of), device=of.device)
-    return rows, mask
-
-
-def _rmsd(one: Any, pose: Tensor) -> float:
-    """Symmetry-corrected RMSD of a pose (A, 3) in the pocket frame."""
-    from rdkit import Chem
-
-    posed = Chem.Mol(one.molecule)
-    posed.GetConformer().SetPositions(pose.double().numpy() + one.pocket.centre)
-    return float(molecule_rmsd(one.molecule, posed)[0])

@@ -49,9 +49,11 @@ class Embedding(NamedTuple):
 
     def pooled(self) -> Tensor:
         """Mean token of the ligand and of the pocket (B, 2 C_s): the teacher's hidden state."""
-        parts = []
-        for kept in (self.mask * self.ligand, self.mask * (1 - self.ligand)):
-            parts.append((self.s * kept[..., None]).sum(1) / kept.sum(1, keepdim=True).clamp(min=1))
+        both = self.mask * self.ligand, self.mask * (1 - self.ligand)
+        parts = [
+            (self.s * kept[..., None]).sum(1) / kept.sum(1, keepdim=True).clamp(min=1)
+            for kept in both
+        ]
         return torch.cat(parts, -1)
 
     def repeat(self, count: int) -> Embedding:

@@ -82,9 +82,7 @@ class TriangleAttention(nn.Module):
         (i, k) biases where AlphaFold's text has (k, i).
     """
 
-    def __init__(
-        self, width: int, heads: int, starting: bool, inner: int | None = None
-    ) -> None:
+    def __init__(self, width: int, heads: int, starting: bool, inner: int | None = None) -> None:
         super().__init__()
         self.starting = starting
         self.layer_norm = nn.LayerNorm(width)
@@ -139,7 +137,8 @@ class AttentionPairBias(nn.Module):
     def forward(self, s: Tensor, z: Tensor, mask: Tensor) -> Tensor:
         """Update (B, N, C_s) of tokens with pairs (B, N, N, C_z) and mask (B, N)."""
         bias = self.linear_z(self.layer_norm_z(z)).permute(0, 3, 1, 2)
-        return self.mha(self.layer_norm(s), bias + 1e9 * (mask - 1)[:, None, None, :])
+        found = self.mha(self.layer_norm(s), bias + 1e9 * (mask - 1)[:, None, None, :])
+        return found * mask[..., None]
 
 
 class PairStack(nn.Module):

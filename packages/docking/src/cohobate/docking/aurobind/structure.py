@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from rdkit import Chem
 from torch import Tensor
 
 from cohobate.core.errors import InputError
 from cohobate.docking.aurobind import confidence, diffusion, losses
 from cohobate.docking.aurobind.network import Embedding, StructureModel, radial
-from cohobate.docking.data.features import Batch
+from cohobate.docking.data.features import Batch, Complex
+from cohobate.docking.metrics import molecule_rmsd
 
 log = logging.getLogger("cohobate")
 
@@ -94,7 +96,9 @@ def structure_terms(
     x = model.diffusion(noisy, t, repeated, ca, side)
     weight = losses.edm_weight(t.flatten(), noise.sigma_data)
     mse = losses.pose_mse(x, pose, mask)
-    smooth = losses.smooth_lddt(x, pose, mask, ca, batch["residue_mask"].repeat_interleave(draws, 0))
+    smooth = losses.smooth_lddt(
+        x, pose, mask, ca, batch["residue_mask"].repeat_interleave(draws, 0)
+    )
     bond = losses.bond_loss(x, pose, (bonds > 0).to(x))
     return {"diffusion": (weight * mse + smooth).mean(), "bond": (weight * bond).mean()}
 
@@ -104,9 +108,7 @@ def distogram_term(model: StructureModel, batch: Batch, known: Embedding) -> Ten
     points = torch.cat((batch["side"], torch.nan_to_num(batch["pose"])), 1)
     pair = known.mask[:, :, None] * known.mask[:, None, :]
     pair = pair * (known.ligand[:, :, None] + known.ligand[:, None, :]).clamp(max=1)
-    return losses.distogram(
-        model.distogram(known.z), torch.cdist(points, points), pair, 2.0, 22.0
-    )
+    return losses.distogram(model.distogram(known.z), torch.cdist(points, points), pair, 2.0, 22.0)
 
 
 def confidence_term(model: StructureModel, batch: Batch, known: Embedding, steps: int) -> Tensor:
@@ -141,9 +143,7 @@ def roll_out(
     noise = model.diffusion.noise.ode() if ode else model.diffusion.noise
     levels = noise.schedule(steps)
     repeated = known.repeat(count)
-    ca, side, mask = (
-        batch[k].repeat_interleave(count, 0) for k in ("ca", "side", "atom_mask")
-    )
+    ca, side, mask = (batch[k].repeat_interleave(count, 0) for k in ("ca", "side", "atom_mask"))
 
     def normal(_: int = 0) -> Tensor:
         return torch.randn((*mask.shape, 3), generator=generator).to(ca) * mask[..., None]
@@ -210,7 +210,9 @@ def self_labels(
     """
     places: list[int] = []
     found: list[Tensor] = []
-    kept: dict[str, list[Tensor]] = {k: [] for k in ("iptm", "ligand_ptm", "ligand_plddt", "ranking")}
+    kept: dict[str, list[Tensor]] = {
+        k: [] for k in ("iptm", "ligand_ptm", "ligand_plddt", "ranking")
+    }
     for batch in batches:
         x, scores = best_poses(model, batch, keep.samples, keep.steps, seed=seed, ode=False)
         places += batch["index"].tolist()
@@ -239,6 +241,13 @@ def open_gate(keep: Keep, rmsd: Sequence[float]) -> bool:
         median, keep.gate,
     )  # fmt: skip
     return False
+
+
+def error_of(one: Complex, pose: Tensor) -> float:
+    """Symmetry-corrected RMSD of a pose (A, 3) in the pocket frame."""
+    posed = Chem.Mol(one.molecule)
+    posed.GetConformer().SetPositions(pose.double().numpy() + one.pocket.centre)
+    return float(molecule_rmsd(one.molecule, posed)[0])
 
 
 def _near(batch: Batch, x: Tensor) -> Tensor:

@@ -178,7 +178,9 @@ def centroids(molecules: Sequence[Chem.Mol], count: int, cutoff: float = 0.6) ->
         picked = rdSimDivPickers.LeaderPicker().LazyBitVectorPick(prints, len(prints), 1 - cutoff)
         return list(picked)[:count]
     rows = [
-        1 - s for i in range(1, len(prints)) for s in DataStructs.BulkTanimotoSimilarity(prints[i], prints[:i])
+        1 - s
+        for i in range(1, len(prints))
+        for s in DataStructs.BulkTanimotoSimilarity(prints[i], prints[:i])
     ]
     groups = Butina.ClusterData(rows, len(prints), 1 - cutoff, isDistData=True, reordering=True)
     chosen = []

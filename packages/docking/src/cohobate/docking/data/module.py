@@ -1,4 +1,3 @@
-# ruff: noqa: B008 (the defaults are frozen dataclasses)
 """The data module: complexes split into parts, as batches or as lists of one target."""
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ class Split:
                 f"split: {len(names)} of {self.by} do not give {test} for test, {val} for "
                 "validation and at least one for training"
             )
-        part: dict[str, Part] = {name: "train" for name in names}
+        part: dict[str, Part] = dict.fromkeys(names, "train")
         part |= dict.fromkeys(names[:test], "test") | dict.fromkeys(names[test : test + val], "val")
         found: dict[Part, list[int]] = {"train": [], "val": [], "test": []}
         for place, key in enumerate(keys):

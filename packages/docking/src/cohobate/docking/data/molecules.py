@@ -210,8 +210,7 @@ def _parsed(
 
 
 def _sdf(path: Path, problems: Problems) -> Iterator[Record]:
-    file = gzip.open(path) if path.suffix == ".gz" else path.open("rb")
-    with file:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         supplier = Chem.ForwardSDMolSupplier(file, sanitize=False)
         number = 0
         while True:
@@ -233,7 +232,9 @@ def _mol2(path: Path, problems: Problems) -> Iterator[Record]:
     with _open(path) as file:
         blocks = file.read().split("@<TRIPOS>MOLECULE")[1:]
     for number, block in enumerate(blocks, 1):
-        molecule = Chem.MolFromMol2Block("@<TRIPOS>MOLECULE" + block, sanitize=False, removeHs=False)
+        molecule = Chem.MolFromMol2Block(
+            "@<TRIPOS>MOLECULE" + block, sanitize=False, removeHs=False
+        )
         found = (None, "not a MOL2 record") if molecule is None else sanitised(molecule)
         for good in _one(*found, path, f"record {number}", problems):
             yield Record(good, block.strip().splitlines()[0].strip(), f"record {number}")

@@ -67,7 +67,9 @@ def prepare(
                 _write(path, done, molecules)
                 print(f"{out}: stopped; the same command goes on")
                 return 1
-            docker = docker or vina.Docker(receptor, where, exhaustiveness=exhaustiveness, seed=seed)
+            docker = docker or vina.Docker(
+                receptor, where, exhaustiveness=exhaustiveness, seed=seed
+            )
             try:
                 done[molecule.GetProp("_Name")] = _posed(docker, molecule, name)
             except InputError as error:
@@ -101,7 +103,9 @@ def choose(path: Path, count: int, seed: int) -> list[Chem.Mol]:
         found.setdefault(Chem.MolToSmiles(molecule), molecule)
     if len(found) < count:
         raise InputError(f"{path}: {len(found)} drug-like molecules, {count} are wanted")
-    return random.Random(seed).sample(sorted(found.values(), key=lambda m: m.GetProp("_Name")), count)
+    return random.Random(seed).sample(
+        sorted(found.values(), key=lambda m: m.GetProp("_Name")), count
+    )
 
 
 def drug_like(molecule: Chem.Mol) -> bool:

@@ -14,7 +14,7 @@ from cohobate.core.errors import InputError
 
 RESIDUES = (
     "ALA", "ARG", "ASN", "ASP", "CYS", "GLN", "GLU", "GLY", "HIS", "ILE",
-    "LEU", "LYS", "MET", "PHE", "PRO", "SER", "THR", "TRP", "TYR", "VAL",
+    "LEU", "LYS", "MET", "PHE", "PRO", "SER", "THR", "TRP", "TYR", "VAL",  # codespell:ignore ser
 )  # fmt: skip
 """Types of residues by index; what is none of them has index 20."""
 
@@ -62,7 +62,8 @@ def read_receptor(path: Path) -> gemmi.Structure:
     """
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     try:
-        text = (gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()).decode()
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
         if suffix in (".pdb", ".ent"):
             structure = gemmi.read_pdb_string(text)
         elif suffix in (".cif", ".mmcif"):

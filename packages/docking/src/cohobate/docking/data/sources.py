@@ -1,4 +1,4 @@
-"""Where complexes come from: the embedded set, the FEP benchmark's layout, PDBbind-style folders."""
+"""Where complexes come from: embedded, the FEP benchmark's layout, PDBbind-style folders."""
 
 from __future__ import annotations
 
@@ -97,7 +97,9 @@ def _pdbbind(folder: Path, problems: Problems) -> Iterator[Complex]:
     labels = _affinities(folder / "affinities.csv")
     for protein in sorted(folder.glob("*/*_protein.pdb*")):
         name = protein.parent.name
-        ligands = [p for s in ("sdf", "mol2") if (p := protein.with_name(f"{name}_ligand.{s}")).exists()]
+        ligands = [
+            p for s in ("sdf", "mol2") if (p := protein.with_name(f"{name}_ligand.{s}")).exists()
+        ]
         if not ligands:
             problems.add(protein, "folder", f"no {name}_ligand.sdf or .mol2")
             continue
