@@ -27,7 +27,7 @@ def prepare(
     out: Path,
     targets: list[str] = ["CDK2", "ESR1", "F10", "HSP90AA1"],  # noqa: B006 (read only)
     library: Path | None = None,
-    ligands: int = 28,
+    ligands: int = 23,
     exhaustiveness: int = 4,
     box: float | None = 20.0,
     seed: int = 0,
