@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from cohobate.docking.checks import check_poses
 from cohobate.docking.data.prepare import prepare
 from cohobate.docking.properties import Filters
 
@@ -66,4 +67,4 @@ def screen(
     return None
 
 
-COMMANDS: list[Callable[..., int | None]] = [prepare, screen]
+COMMANDS: list[Callable[..., int | None]] = [check_poses, prepare, screen]

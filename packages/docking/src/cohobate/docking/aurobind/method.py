@@ -20,6 +20,7 @@ from cohobate.docking.aurobind.heads import PairRows
 from cohobate.docking.aurobind.network import StructureModel, Symmetry
 from cohobate.docking.aurobind.student import FastStudent, Score
 from cohobate.docking.aurobind.targets import Answers, answers_of
+from cohobate.docking.aurobind.teachers import CompactTeacher, FilesTeacher, Teacher
 from cohobate.docking.data.features import BITS, ELEMENTS, POCKET_CHANNELS, Batch
 from cohobate.docking.metrics import ranking
 
@@ -74,6 +75,8 @@ class AuroBind(DistillModule):
         centroids: Molecules of each target whose complexes the student knows.
         alpha: Weight of the hidden state.
         label_mix: Share of the measured label in what the student learns, where there is one.
+        teacher_files: Folder of another model's answers (see `FilesTeacher`), instead of the
+            structure model's.
         lr: Learning rate of Adam, after a warm-up.
         warmup: Steps until ``lr``.
 
@@ -120,6 +123,7 @@ class AuroBind(DistillModule):
         centroids: int = 16,
         alpha: float = 1.0,
         label_mix: float = 0.0,
+        teacher_files: Path | None = None,
         lr: float = 1.5e-3,
         warmup: int = 50,
     ) -> None:
@@ -142,7 +146,7 @@ class AuroBind(DistillModule):
         self.preference, self.tau, self.ties = preference, tau, ties
         self.confidence_weight, self.beta, self.margin = confidence_weight, beta, margin
         self.centroids, self.label_mix, self.lr, self.warmup = centroids, label_mix, lr, warmup
-        self.mse_anchor = mse_anchor
+        self.mse_anchor, self.single, self.teacher_files = mse_anchor, single, teacher_files
         self._freeze()
         self._own: dict[int, Tensor] = {}
         self._answers: Answers | None = None
@@ -223,7 +227,11 @@ class AuroBind(DistillModule):
         self.to(self.trainer.strategy.root_device)
         folder = Path(self.trainer.default_root_dir)
         if self.stage == "student":
-            self._answers = answers_of(self, data, folder / "teacher.safetensors")
+            own = CompactTeacher(self.network, self.device)
+            teacher: Teacher = FilesTeacher(self.teacher_files) if self.teacher_files else own
+            self._answers = answers_of(
+                teacher, data, self.centroids, folder / "teacher.safetensors", 2 * self.single
+            )
         if self.stage == "self-distil" and self.distill and stage == "fit":
             self._own = self._self_labels(data, folder / "self_labels.npz")
             data.self_labelled = sorted(self._own)

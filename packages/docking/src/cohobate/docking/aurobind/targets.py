@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cohobate.core.errors import InputError
 from cohobate.core.io import load_weights, save_atomic
+from cohobate.docking.aurobind.teachers import Teacher
 from cohobate.docking.data.features import centroids
 from cohobate.docking.data.sources import by_target
 
@@ -31,27 +33,34 @@ class Answers:
 
 
 @torch.no_grad()
-def answers_of(model: Any, data: Any, path: Path) -> Answers:
-    """Ask the structure model about every complex once; afterwards read the file.
+def answers_of(teacher: Teacher, data: Any, count: int, path: Path, width: int) -> Answers:
+    """Ask the teacher about every complex once; afterwards read the file.
 
     Args:
-        model: The module, with ``network`` and ``centroids``.
+        teacher: Whom.
         data: The data module.
+        count: Centroids of each target.
         path: Where the answers are kept.
+        width: Length of the hidden states that the student expects.
+
+    Raises:
+        InputError: The teacher's have another.
     """
     if not path.exists():
-        fitness, hidden = [], []
-        for batch in data.batches_of(range(len(data.data))):
-            known = model.network.trunk({k: v.to(model.device) for k, v in batch.items()})
-            fitness.append(model.network.fitness(*known).cpu())
-            hidden.append(known.pooled().cpu())
-        states = torch.cat(hidden)
-        prior = states[nearest(data, model.centroids)]
-        found = {"fitness": torch.cat(fitness), "hidden": states, "prior": prior}
+        places = range(len(data.data))
+        fitness, states = teacher.answers(data, places)
+        prior = states[nearest(data, count)]
+        found = {"fitness": fitness, "hidden": states, "prior": prior}
         path.parent.mkdir(parents=True, exist_ok=True)
         with save_atomic(path) as temporary:
             save_file(found, temporary)
-    return Answers(**load_weights(path))
+    answers = Answers(**load_weights(path))
+    if answers.hidden.shape[1] != width:
+        raise InputError(
+            f"the teacher's hidden states have {answers.hidden.shape[1]} numbers, the student "
+            f"expects {width}: --model.single {answers.hidden.shape[1] // 2}"
+        )
+    return answers
 
 
 def nearest(data: Any, count: int) -> Tensor:
