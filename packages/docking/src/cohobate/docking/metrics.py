@@ -39,7 +39,7 @@ def enrichment(
         >>> enrichment([4.0, 3.0, 2.0, 1.0], [1, 0, 0, 0], [0.25, 0.5]).tolist()
         [4.0, 2.0]
     """
-    hits = ranked(score, label, seed).astype(bool)
+    hits: np.ndarray = ranked(score, label, seed).astype(bool)
     if not hits.any():
         return np.full(len(fractions), math.nan)
     first = [math.ceil(f * len(hits)) for f in fractions]
@@ -57,7 +57,7 @@ def screening(score: ArrayLike, label: ArrayLike, seed: int = 0) -> dict[str, fl
     Returns:
         By name; all NaN where there are no actives or only actives.
     """
-    hits = ranked(score, label, seed).astype(bool)
+    hits: np.ndarray = ranked(score, label, seed).astype(bool)
     names = [f"ef{100 * f:g}" for f in FRACTIONS]
     if hits.all() or not hits.any():
         return dict.fromkeys([*names, "bedroc20", "bedroc80", "auc", "aupr"], math.nan)

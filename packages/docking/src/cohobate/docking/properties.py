@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from rdkit import Chem, DataStructs
-from rdkit.Chem import Crippen, Descriptors, rdMolDescriptors
+from rdkit.Chem import Descriptors, rdMolDescriptors
 
 from cohobate.docking.data.features import bit_vector
 
@@ -23,7 +24,7 @@ def esol(molecule: Chem.Mol) -> float:
     aromatic = sum(atom.GetIsAromatic() for atom in molecule.GetAtoms())
     share = aromatic / max(molecule.GetNumHeavyAtoms(), 1)
     return (
-        0.16 - 0.63 * Crippen.MolLogP(molecule) - 0.0062 * Descriptors.MolWt(molecule)
+        0.16 - 0.63 * _logp(molecule) - 0.0062 * _weight(molecule)
         + 0.066 * rdMolDescriptors.CalcNumRotatableBonds(molecule) - 0.74 * share
     )  # fmt: skip
 
@@ -48,10 +49,12 @@ class Filters:
     solubility: float = -9.0
     similarity: float = 0.6
 
-    def describe(self, molecule: Chem.Mol, known: list[DataStructs.ExplicitBitVect]) -> dict:
+    def describe(
+        self, molecule: Chem.Mol, known: list[DataStructs.ExplicitBitVect]
+    ) -> dict[str, Any]:
         """Properties by name, the nearest similarity to ``known``, and whether all limits hold."""
         values = {
-            "weight": Descriptors.MolWt(molecule), "logp": Crippen.MolLogP(molecule),
+            "weight": _weight(molecule), "logp": _logp(molecule),
             "donors": rdMolDescriptors.CalcNumHBD(molecule),
             "acceptors": rdMolDescriptors.CalcNumHBA(molecule), "logs": esol(molecule),
         }  # fmt: skip
@@ -64,3 +67,11 @@ class Filters:
             and values["logs"] >= self.solubility and near <= self.similarity
         )  # fmt: skip
         return {**values, "similarity_to_known": near, "passed": passed}
+
+
+def _logp(molecule: Chem.Mol) -> float:
+    return float(rdMolDescriptors.CalcCrippenDescriptors(molecule)[0])
+
+
+def _weight(molecule: Chem.Mol) -> float:
+    return float(Descriptors.MolWt(molecule))  # type: ignore[attr-defined]

@@ -148,7 +148,7 @@ def _take(
     path, errors = cache / f"{key}.npy", cache / f"{key}.json"
     if not (path.exists() and errors.exists()):
         bits, counts, bad = features([smiles for smiles, _, _ in piece], executor)
-        codes = scorer.encode(bits, counts).astype(np.float16)
+        codes: np.ndarray = scorer.encode(bits, counts).astype(np.float16)
         with save_atomic(path) as temporary, temporary.open("wb") as file:
             np.save(file, codes)
         with save_atomic(errors) as temporary:

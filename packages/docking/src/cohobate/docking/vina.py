@@ -138,7 +138,7 @@ def conformer(molecule: Chem.Mol, seed: int) -> Chem.Mol:
         InputError: ETKDG finds none.
     """
     ready = Chem.AddHs(Chem.RemoveHs(molecule))
-    parameters = rdDistGeom.ETKDGv3()
+    parameters: Any = rdDistGeom.ETKDGv3()
     parameters.randomSeed = seed
     if rdDistGeom.EmbedMolecule(ready, parameters) < 0:
         parameters.useRandomCoords = True

@@ -100,7 +100,8 @@ class CompactTrunk(nn.Module):
         bonds = self.bond(batch["bond"]) + self.topology(batch["topology"])
         size = mask.shape[1] - count
         z = z + F.pad(inside, (0, 0, 0, size, 0, size)) + F.pad(bonds, (0, 0, count, 0, count, 0))
-        return Embedding(*self.stack(s, z, mask), mask, ligand)
+        s, z = self.stack(s, z, mask)
+        return Embedding(s, z, mask, ligand)
 
 
 class _Block(nn.Module):

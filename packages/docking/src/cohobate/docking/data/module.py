@@ -58,7 +58,8 @@ class Split:
                 "validation and at least one for training"
             )
         part: dict[str, Part] = dict.fromkeys(names, "train")
-        part |= dict.fromkeys(names[:test], "test") | dict.fromkeys(names[test : test + val], "val")
+        for place, name in enumerate(names[: test + val]):
+            part[name] = "test" if place < test else "val"
         found: dict[Part, list[int]] = {"train": [], "val": [], "test": []}
         for place, key in enumerate(keys):
             found[part[key]].append(place)
@@ -86,7 +87,7 @@ class Lists:
         rng = np.random.default_rng(seed)
         order = rng.permutation(len(labels))
         bins = np.floor(labels[order] / self.width).astype(int)
-        rank = np.zeros(len(order), dtype=int)
+        rank: np.ndarray = np.zeros(len(order), dtype=int)
         for value in np.unique(bins):
             own = bins == value
             rank[own] = np.arange(own.sum())

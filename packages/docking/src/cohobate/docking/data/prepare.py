@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from rdkit import Chem, RDConfig
-from rdkit.Chem import Crippen, Descriptors, FilterCatalog, rdMolDescriptors
+from rdkit.Chem import FilterCatalog, rdMolDescriptors
 from tqdm import tqdm
 
 from cohobate.core.errors import InputError
@@ -125,8 +125,8 @@ def drug_like(molecule: Chem.Mol) -> bool:
         and 15 <= molecule.GetNumHeavyAtoms() <= 24
         and rdMolDescriptors.CalcNumRings(molecule) >= 2
         and rdMolDescriptors.CalcNumRotatableBonds(molecule) <= 4
-        and 1.0 <= Crippen.MolLogP(molecule) <= 5.0
-        and Descriptors.TPSA(molecule) <= 110
+        and 1.0 <= rdMolDescriptors.CalcCrippenDescriptors(molecule)[0] <= 5.0
+        and rdMolDescriptors.CalcTPSA(molecule) <= 110
         and rdMolDescriptors.CalcNumHBD(molecule) <= 4
         and not Chem.FindMolChiralCenters(
             molecule, includeUnassigned=True, useLegacyImplementation=False

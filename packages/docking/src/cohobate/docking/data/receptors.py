@@ -133,7 +133,7 @@ def find_pocket(
         raise InputError(f"{source}: no residue {missing[0]}")
     if not found:
         raise InputError(f"{source}: the pocket has no residue; is the ligand in its frame?")
-    ca = np.array([list(r["CA"][0].pos) for r in found])
+    ca = np.array([r["CA"][0].pos.tolist() for r in found])
     side = np.array([_side(r) for r in found])
     types = np.array([RESIDUES.index(r.name) if r.name in RESIDUES else 20 for r in found])
     return Pocket(types, ca, side, tuple(names))
@@ -156,12 +156,12 @@ def _protein(residue: gemmi.Residue) -> bool:
 
 
 def _positions(residue: gemmi.Residue) -> np.ndarray:
-    return np.array([list(atom.pos) for atom in residue])
+    return np.array([atom.pos.tolist() for atom in residue])
 
 
 def _side(residue: gemmi.Residue) -> np.ndarray:
-    own = [list(atom.pos) for atom in residue if atom.name not in _BACKBONE]
-    return np.mean(own, 0) if own else np.array(list(residue["CA"][0].pos))
+    own = [atom.pos.tolist() for atom in residue if atom.name not in _BACKBONE]
+    return np.mean(own, 0) if own else np.array(residue["CA"][0].pos.tolist())
 
 
 def _near(
