@@ -110,7 +110,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 @pytest.fixture
 def receptor():
-    return read_receptor(next(embedded_folder().glob("*.pocket.pdb.gz")))
+    return read_receptor(embedded_folder() / "CDK2.pocket.pdb.gz")
 
 
 def test_a_pocket_by_ligand_box_and_residues(receptor):

@@ -29,7 +29,7 @@ from cohobate.docking.data.sources import embedded_folder
 TINY = [
     "--model.single=8", "--model.pair=4", "--model.width=8", "--model.diffusion_blocks=1",
     "--model.heads=2", "--model.sample_steps=2", "--data.max_residues=8",
-    "--data.epoch_samples=6", "--data.batch_size=3", "--trainer.max_epochs=1",
+    "--data.epoch_samples=6", "--data.batch_size=3", "--data.unlabelled=2", "--trainer.max_epochs=1",
     "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
     "--trainer.log_every_n_steps=1", "--model.keep.samples=1", "--model.keep.steps=2",
 ]  # fmt: skip
@@ -89,8 +89,8 @@ def test_poses_come_back_with_the_inputs_chemistry(run, tmp_path):
     library = tmp_path / "ligands.smi"
     smiles = ["C[C@H](N)C(=O)Nc1ccccc1", "F/C=C/c1ccncc1", "CC(=O)[O-].[Na+]"]
     library.write_text("".join(f"{s} m{i}\n" for i, s in enumerate(smiles)) + "C1CC bad\n")
-    receptor = next(embedded_folder().glob("*.pocket.pdb.gz"))
-    site = next(iter(read(next(embedded_folder().glob("*.poses.sdf.gz")), Problems()))).molecule
+    receptor = embedded_folder() / "CDK2.pocket.pdb.gz"
+    site = next(iter(read(embedded_folder() / "CDK2.poses.sdf.gz", Problems()))).molecule
     (tmp_path / "site.sdf").write_text(Chem.SDWriter.GetText(site))
     words = ["--receptor", receptor, "--ligand", tmp_path / "site.sdf", "--poses", "2",
              "--steps", "2", "--checkpoint", run / "5-student"]  # fmt: skip
@@ -110,7 +110,7 @@ def test_poses_come_back_with_the_inputs_chemistry(run, tmp_path):
 def test_bad_inputs_of_predict_are_one_line(run, tmp_path):
     library = tmp_path / "l.smi"
     library.write_text("CCO a\n")
-    receptor = next(embedded_folder().glob("*.pocket.pdb.gz"))
+    receptor = embedded_folder() / "CDK2.pocket.pdb.gz"
     base = ["predict", "docking/aurobind", library, "--checkpoint", run / "5-student",
             "--out", tmp_path / "o"]  # fmt: skip
     for words, parts in (

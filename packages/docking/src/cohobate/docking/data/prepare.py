@@ -6,6 +6,7 @@ import gzip
 import random
 import time
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,14 @@ def choose(path: Path, count: int, seed: int) -> list[Chem.Mol]:
     Raises:
         InputError: The file has fewer.
     """
+    found = _all_drug_like(path)
+    if len(found) < count:
+        raise InputError(f"{path}: {len(found)} drug-like molecules, {count} are wanted")
+    return random.Random(seed).sample(found, count)
+
+
+@lru_cache(maxsize=2)
+def _all_drug_like(path: Path) -> list[Chem.Mol]:
     found: dict[str, Chem.Mol] = {}
     alerts = FilterCatalog.FilterCatalogParams()
     alerts.AddCatalog(FilterCatalog.FilterCatalogParams.FilterCatalogs.BRENK)
@@ -101,11 +110,7 @@ def choose(path: Path, count: int, seed: int) -> list[Chem.Mol]:
             continue
         molecule.SetProp("_Name", record.name)
         found.setdefault(Chem.MolToSmiles(molecule), molecule)
-    if len(found) < count:
-        raise InputError(f"{path}: {len(found)} drug-like molecules, {count} are wanted")
-    return random.Random(seed).sample(
-        sorted(found.values(), key=lambda m: m.GetProp("_Name")), count
-    )
+    return sorted(found.values(), key=lambda m: m.GetProp("_Name"))
 
 
 def drug_like(molecule: Chem.Mol) -> bool:
