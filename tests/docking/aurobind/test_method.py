@@ -29,7 +29,8 @@ from cohobate.docking.data.sources import embedded_folder
 TINY = [
     "--model.single=8", "--model.pair=4", "--model.width=8", "--model.diffusion_blocks=1",
     "--model.heads=2", "--model.sample_steps=2", "--data.max_residues=8",
-    "--data.epoch_samples=6", "--data.batch_size=3", "--data.unlabelled=2", "--trainer.max_epochs=1",
+    "--data.epoch_samples=6", "--data.batch_size=3", "--data.unlabelled=2",
+    "--trainer.max_epochs=1",
     "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
     "--trainer.log_every_n_steps=1", "--model.keep.samples=1", "--model.keep.steps=2",
 ]  # fmt: skip
