@@ -20,7 +20,7 @@ def test_bad_receptors_are_one_line(tmp_path):
 
 def test_an_unknown_target_is_one_line():
     pytest.importorskip("dockstring")
-    with pytest.raises(InputError, match="target XYZ: unknown; there is: .*CDK2"):
+    with pytest.raises(InputError, match=r"target XYZ: unknown; there is: .*CDK2"):
         target("XYZ")
 
 
