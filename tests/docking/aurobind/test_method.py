@@ -108,6 +108,26 @@ def test_poses_come_back_with_the_inputs_chemistry(run, tmp_path):
     assert {"score", "pK_pred", "confidence", "rank"} <= set(found[0].GetPropsAsDict())
 
 
+def test_a_library_is_screened_for_two_targets_and_encoded_once(run, tmp_path):
+    library = tmp_path / "library.smi"
+    library.write_text("CCO a\nc1ccccc1O b\nC1CC bad\nCC(=O)Nc1ccccc1 c\n")
+    for target, encoded in (("CDK2", 1), ("F10", 0)):
+        site = next(iter(read(embedded_folder() / f"{target}.poses.sdf.gz", Problems())))
+        (tmp_path / f"{target}.sdf").write_text(Chem.SDWriter.GetText(site.molecule))
+        done = run_command(
+            "screen", library, embedded_folder() / f"{target}.pocket.pdb.gz", "--ligand",
+            tmp_path / f"{target}.sdf", "--checkpoint", run, "--out", tmp_path / target, "--cache",
+            tmp_path / "cache", "--known", library, domain="docking",
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        assert f"4 rows, 1 not readable, {encoded} chunks encoded" in done.out
+        table = (tmp_path / target / "ranking.csv").read_text().splitlines()
+        assert len(table) == 4
+        assert table[0].startswith("rank,name,smiles,student,teacher,")
+        assert "line 3" in (tmp_path / target / "problems.csv").read_text()
+        assert (tmp_path / target / "top.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_bad_inputs_of_predict_are_one_line(run, tmp_path):
     library = tmp_path / "l.smi"
     library.write_text("CCO a\n")
