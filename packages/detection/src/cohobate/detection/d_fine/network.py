@@ -360,7 +360,8 @@ def deploy(network: DFineNet) -> DFineNet:
     if slim.regression == "fdr":
         slim.bins = weighting(slim.config.max_num_bins, decoder.up, decoder.reg_scale)
     for heads in (decoder.class_embed, decoder.lqe_layers):
-        heads[:-1] = [nn.Identity() for _ in heads[:-1]]
+        for n in range(len(heads) - 1):
+            heads[n] = nn.Identity()
     slim.model.denoising_class_embed = nn.Identity()
     for module in list(slim.modules()):
         if hasattr(module, "conv") and hasattr(module, "norm"):
