@@ -176,7 +176,7 @@ class DFine(DistillModule):
     def configure_optimizers(self) -> Any:
         """AdamW at constant rates after a linear warm-up."""
         groups = [g for g in parameter_groups(self.network, self.rates) if g["params"]]
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), foreach=True)
         steps = max(self.warmup, 1)
         warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warm, "interval": "step"}}

@@ -8,7 +8,7 @@ from cohobate.detection.data.annotations import Annotated, Category, Picture
 
 # ids that are not 0, 1, 2, as real files have them
 CATEGORIES = (Category(1, "disc"), Category(7, "box"), Category(90, "triangle"))
-TRAIN, VAL, TEST = 320, 48, 96
+TRAIN, VAL, TEST = 256, 32, 96
 DESCRIPTION = (
     f"SYNTHETIC discs, boxes and triangles on a noisy ground: {TRAIN} train, {VAL} val, "
     f"{TEST} test pictures of 96 × 96 pixels"
