@@ -42,9 +42,7 @@ def coco(tmp_path) -> Path:
         for n in ids:
             image(root / f"{part}2017" / f"{n}.png", n)
         content = {
-            "images": [
-                {"id": n, "file_name": f"{n}.png", "width": 80, "height": 64} for n in ids
-            ],
+            "images": [{"id": n, "file_name": f"{n}.png", "width": 80, "height": 64} for n in ids],
             "annotations": [
                 {"id": 100 * n + k, "image_id": n, "category_id": c, "bbox": b, "iscrowd": crowd}
                 for n in ids

@@ -65,9 +65,11 @@ def test_a_batch_is_a_function_of_the_seed(coco):
     assert torch.equal(one.images, other.images)
     assert torch.equal(one.targets.boxes, other.targets.boxes)
     assert one.images.shape == (2, 3, 64, 64)
-    assert 0 <= one.images.min() and one.images.max() <= 1
+    assert one.images.min() >= 0
+    assert one.images.max() <= 1
     corners = to_xyxy(one.targets.boxes[one.targets.valid])
-    assert (corners >= -1e-6).all() and (corners <= 1 + 1e-6).all()
+    assert (corners >= -1e-6).all()
+    assert (corners <= 1 + 1e-6).all()
 
 
 def test_evaluation_keeps_all_boxes_at_their_place(coco):

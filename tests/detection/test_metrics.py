@@ -14,7 +14,12 @@ CATEGORIES = [Category(7, "a"), Category(90, "b")]
 
 def picture(boxes, labels, **more):
     return Picture(
-        "x", 100, 100, np.array(boxes, np.float32).reshape(-1, 4), np.array(labels, np.int64), **more
+        "x",
+        100,
+        100,
+        np.array(boxes, np.float32).reshape(-1, 4),
+        np.array(labels, np.int64),
+        **more,
     )
 
 
@@ -22,7 +27,10 @@ def scored(*entries):
     scores = CocoScores(CATEGORIES)
     for image, labels, boxes, confidence in entries:
         scores.add(
-            image, torch.tensor(labels), torch.tensor(boxes).reshape(-1, 4), torch.tensor(confidence)
+            image,
+            torch.tensor(labels),
+            torch.tensor(boxes).reshape(-1, 4),
+            torch.tensor(confidence),
         )
     return scores.summary()
 

@@ -64,8 +64,12 @@ def test_bin_targets_beyond_the_bins_rest_on_the_end_bins():
     weights, centre = weighting(8, 0.5, 4.0), torch.tensor([[0.5, 0.5, 0.1, 0.1]])
     tiny = bin_targets(centre, torch.tensor([[0.9, 0.9, 0.1, 0.1]]), weights, 4.0)
     far = bin_targets(centre, torch.tensor([[0.0, 0.0, 1.0, 1.0]]), weights, 4.0)
-    assert (tiny.index == 0).all() and (tiny.left == 1).all() and (tiny.right == 0).all()
-    assert (far.index == 7).all() and (far.left == 0).all() and (far.right == 1).all()
+    assert (tiny.index == 0).all()
+    assert (tiny.left == 1).all()
+    assert (tiny.right == 0).all()
+    assert (far.index == 7).all()
+    assert (far.left == 0).all()
+    assert (far.right == 1).all()
 
 
 def test_a_box_is_found_again_from_its_bins():
@@ -121,9 +125,7 @@ def ddf_by_hand(student, teacher, matched, weight, counts, t):
                     parts[bool(matched[image, query])].append(weight[layer, image, query] * kl)
         means = {k: torch.stack(v).mean() if v else 0.0 for k, v in parts.items()}
         km, ku = counts or (len(parts[True]), len(parts[False]))
-        found.append(
-            (means[True] * km**0.5 + means[False] * ku**0.5) / (km**0.5 + ku**0.5)
-        )
+        found.append((means[True] * km**0.5 + means[False] * ku**0.5) / (km**0.5 + ku**0.5))
     return torch.stack(found)
 
 
@@ -150,9 +152,7 @@ def test_ddf_against_the_equation(dtype, t, share, counts):
 def test_ddf_of_equal_distributions_is_nothing():
     z = torch.randn(2, 3, 4, 9)
     student = z.expand(1, -1, -1, -1, -1).clone().requires_grad_()
-    loss = decoupled_distillation_focal(
-        student, z, torch.ones(2, 3).bool(), torch.ones(1, 2, 3)
-    )
+    loss = decoupled_distillation_focal(student, z, torch.ones(2, 3).bool(), torch.ones(1, 2, 3))
     loss.sum().backward()
     assert loss.item() == 0.0
     assert student.grad.abs().max() < 1e-6
@@ -165,9 +165,7 @@ def test_gradients_by_differences():
     reference = torch.rand(2, 4, dtype=torch.double) * 0.2 + 0.3
     target = bin_targets(reference, to_xyxy(reference + 0.01), weights)
     assert torch.autograd.gradcheck(lambda x: fine_grained_localization(x, target), z)
-    assert torch.autograd.gradcheck(
-        lambda x: decode(reference, expected_offsets(x, weights)), z
-    )
+    assert torch.autograd.gradcheck(lambda x: decode(reference, expected_offsets(x, weights)), z)
 
 
 def test_a_negative_side_is_no_fault():

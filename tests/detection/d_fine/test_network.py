@@ -139,7 +139,9 @@ def test_a_training_pass_gives_the_official_losses_and_gradients(recorded):
     images = np.random.default_rng(seed).random((len(counts), 3, size, size)).astype(np.float32)
     torch.manual_seed(seed)
     criterion = Criterion()
-    outputs, noised = network.outputs(torch.from_numpy(images), targets, Denoising(int(record["num_denoising"])))
+    outputs, noised = network.outputs(
+        torch.from_numpy(images), targets, Denoising(int(record["num_denoising"]))
+    )
     matched = criterion.match(outputs, targets, noised)
     terms = {**criterion.task(matched, targets), **criterion.distill(matched)}
     found = {f"out_loss_{k}": v * WEIGHTS[k.partition("_")[0]] for k, v in terms.items()}
@@ -313,7 +315,9 @@ def test_matching_queries_do_not_see_the_denoising_ones(tiny):
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()
     images = torch.rand(2, 3, 64, 64)
-    targets = pad_targets([torch.tensor([0, 1]), torch.tensor([2])], [torch.rand(2, 4), torch.rand(1, 4)])
+    targets = pad_targets(
+        [torch.tensor([0, 1]), torch.tensor([2])], [torch.rand(2, 4), torch.rand(1, 4)]
+    )
     with torch.no_grad():
         alone, none = tiny.outputs(images)
         beside, noised = tiny.outputs(images, targets, Denoising())

@@ -70,7 +70,9 @@ def give(run: Path, out: Path) -> int | None:
         print(f"{out}\n{about}")
         return None
     if model.network.regression != "fdr":
-        raise InputError(f"{run}: plain regression, which neither the official code nor the Hub has")
+        raise InputError(
+            f"{run}: plain regression, which neither the official code nor the Hub has"
+        )
     if out.suffix == ".pth":
         print(save_official(model.network, out))
     elif out.suffix:

@@ -1,4 +1,4 @@
-"""The whole training loss of D-FINE: which output learns what, from which match, divided by what."""
+"""The whole loss of D-FINE: which output learns what, from which match, divided by what."""
 
 from __future__ import annotations
 
@@ -228,7 +228,8 @@ class Criterion:
 
     def _fgl(self, part: Matched) -> Tensor:
         edges, reference = part.outputs.edges, part.outputs.reference
-        assert edges is not None and reference is not None
+        assert edges is not None
+        assert reference is not None
         layer, image, query = part.pairs.place
         among = layer < len(edges)
         layer, image, query = layer[among], image[among], query[among]
@@ -316,7 +317,8 @@ def _float(outputs: Outputs) -> Outputs:
         return x if x is None or x.dtype == torch.float64 else x.float()
 
     logits, boxes = cast(outputs.logits), cast(outputs.boxes)
-    assert logits is not None and boxes is not None
+    assert logits is not None
+    assert boxes is not None
     return Outputs(logits, boxes, cast(outputs.edges), cast(outputs.reference), outputs.others)
 
 

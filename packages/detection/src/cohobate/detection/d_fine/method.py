@@ -1,4 +1,4 @@
-"""D-FINE: boxes as refined edge distributions, and the last layer as teacher of the earlier ones."""
+"""D-FINE: boxes as refined edge distributions, the last layer as teacher of the others."""
 
 from __future__ import annotations
 
@@ -29,6 +29,9 @@ from cohobate.detection.predict import Detector
 log = logging.getLogger("cohobate")
 
 WEIGHTS = {"vfl": 1.0, "bbox": 5.0, "giou": 2.0, "fgl": 0.15, "ddf": 1.5, "ld": 1.5, "kd": 0.1}
+
+
+_DENOISING = Denoising()
 
 
 class Pass(NamedTuple):
@@ -102,7 +105,7 @@ class DFine(DistillModule):
         num_queries: int = 300,
         decoder_layers: int | None = None,
         top: int = 300,
-        denoising: Denoising = Denoising(),
+        denoising: Denoising = _DENOISING,
         temperature: float = 5.0,
         weights: dict[str, float] | None = None,
         lr: float | None = None,
@@ -345,6 +348,4 @@ def _truth(picture: Picture, categories: list[Category]) -> Any:
 
 
 def _network_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")
-    }
+    return {k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cohobate.core.errors import InputError
 from cohobate.core.io import save_atomic
-from cohobate.detection.d_fine.network import DFineNet, Detections, deploy
+from cohobate.detection.d_fine.network import Detections, DFineNet, deploy
 
 
 def to_onnx(network: DFineNet, size: int, path: Path, *, tolerance: float = 1e-3) -> Path:

@@ -10,13 +10,29 @@ from cohobate.core.errors import InputError
 
 Size = Literal["n", "s", "m", "l", "x", "tiny"]
 
-_STAGES = {  # stem, then (in, mid, out, blocks) of each stage, light blocks, kernels, layers a block
-    "b0": ((3, 16, 16), ((16, 16, 64, 1), (64, 32, 256, 1), (256, 64, 512, 2), (512, 128, 1024, 1)), 3),
-    "b2": ((3, 24, 32), ((32, 32, 96, 1), (96, 64, 384, 1), (384, 128, 768, 3), (768, 256, 1536, 1)), 4),
-    "b4": ((3, 32, 48), ((48, 48, 128, 1), (128, 96, 512, 1), (512, 192, 1024, 3), (1024, 384, 2048, 1)), 6),
-    "b5": ((3, 32, 64), ((64, 64, 128, 1), (128, 128, 512, 2), (512, 256, 1024, 5), (1024, 512, 2048, 2)), 6),
+_STAGES = {  # the stem's channels, then (in, mid, out, blocks) of each stage, layers a block
+    "b0": (
+        (3, 16, 16),
+        ((16, 16, 64, 1), (64, 32, 256, 1), (256, 64, 512, 2), (512, 128, 1024, 1)),
+        3,
+    ),
+    "b2": (
+        (3, 24, 32),
+        ((32, 32, 96, 1), (96, 64, 384, 1), (384, 128, 768, 3), (768, 256, 1536, 1)),
+        4,
+    ),
+    "b4": (
+        (3, 32, 48),
+        ((48, 48, 128, 1), (128, 96, 512, 1), (512, 192, 1024, 3), (1024, 384, 2048, 1)),
+        6,
+    ),
+    "b5": (
+        (3, 32, 64),
+        ((64, 64, 128, 1), (128, 128, 512, 2), (512, 256, 1024, 5), (1024, 512, 2048, 2)),
+        6,
+    ),
     "tiny": ((3, 8, 8), ((8, 8, 16, 1), (16, 12, 32, 1), (32, 16, 64, 1), (64, 24, 96, 1)), 2),
-}  # fmt: skip
+}
 
 _SIZES: dict[str, dict[str, Any]] = {
     "n": {
@@ -43,8 +59,8 @@ def config_of(
     """A size's configuration.
 
     Args:
-        size: ``n``, ``s``, ``m``, ``l``, ``x`` of the paper, or ``tiny`` (about a third of a
-            million parameters) for a CPU.
+        size: ``n``, ``s``, ``m``, ``l``, ``x`` of the paper, or ``tiny`` (half a million
+            parameters) for a CPU.
         num_classes: C.
         num_queries: Q.
         decoder_layers: L; by default the size's.

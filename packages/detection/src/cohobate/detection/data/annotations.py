@@ -117,7 +117,9 @@ def picture_size(path: Path) -> tuple[int, int]:
         raise InputError(f"{path}: not a picture that can be read: {reason}") from None
 
 
-def inside(boxes: np.ndarray, width: int, height: int, source: str) -> tuple[np.ndarray, np.ndarray]:
+def inside(
+    boxes: np.ndarray, width: int, height: int, source: str
+) -> tuple[np.ndarray, np.ndarray]:
     """Clip boxes to the image.
 
     Args:

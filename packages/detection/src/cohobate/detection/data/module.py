@@ -26,6 +26,7 @@ from cohobate.detection.data.voc import find_voc, read_voc
 from cohobate.detection.data.yolo import find_yolo, read_yolo
 
 Layout = Literal["auto", "coco", "voc", "yolo"]
+_AUGMENT = Augment()
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class DetectionData(pl.LightningDataModule):
 
     Args:
         root: Folder; None is the embedded SYNTHETIC set.
-        layout: ``coco`` (``annotations/instances_train*.json`` or ``train/_annotations.coco.json``),
+        layout: ``coco`` (``annotations/instances_train*.json``, ``train/_annotations.coco.json``),
             ``voc`` (``Annotations`` or ``annotations`` of XML files with lists), ``yolo`` (a YAML
             with ``names``); ``auto`` takes what is there.
         size: Side S of the square input, a multiple of 32.
@@ -172,7 +173,7 @@ class DetectionData(pl.LightningDataModule):
         layout: Layout = "auto",
         size: int = 640,
         batch_size: int = 32,
-        augment: Augment = Augment(),
+        augment: Augment = _AUGMENT,
         multiscale: int | None = None,
         stop_epoch: int | None = None,
         held_out: float = 0.0,

@@ -56,11 +56,10 @@ def find_voc(root: Path) -> dict[str, tuple[list[Path], Path]]:
         InputError: A list names a file that is not there.
     """
     names = (("Annotations", "JPEGImages"), ("annotations", "images"))
-    for labels, images in names:
-        if any((root / labels).glob("*.xml")):
-            break
-    else:
+    present = [pair for pair in names if any((root / pair[0]).glob("*.xml"))]
+    if not present:
         return {}
+    labels, images = present[0]
     found: dict[str, tuple[list[Path], Path]] = {}
     for part in ("train", "val", "test"):
         for place in (root / f"{part}.txt", root / "ImageSets" / "Main" / f"{part}.txt"):
