@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -91,16 +92,23 @@ class DFineNet(nn.Module):
         super().__init__()
         self.config, self.regression, self.top = config, regression, top
         self.model: Any = DFineForObjectDetection(config).model
-        width, decoder = config.d_model, self.model.decoder
-        if regression == "plain":
-            for head in decoder.bbox_embed:
-                head.layers[-1] = nn.Linear(width, 4)
-            decoder.pre_bbox_head = nn.Identity()
-            decoder.lqe_layers = nn.ModuleList(nn.Identity() for _ in decoder.lqe_layers)
         initialise(self.model)
+        if regression == "plain":
+            self._make_plain()
         if config.freeze_backbone_batch_norms:
             self.model.backbone.model.embedder.requires_grad_(False)
         self.register_buffer("bins", None)
+
+    def _make_plain(self) -> None:
+        """Heads of four numbers; all other weights are those that ``fdr`` starts with."""
+        decoder = self.model.decoder
+        with torch.random.fork_rng(devices=[]):
+            for head in decoder.bbox_embed:
+                head.layers[-1] = nn.Linear(self.config.d_model, 4)
+                nn.init.zeros_(head.layers[-1].weight)
+                nn.init.zeros_(head.layers[-1].bias)
+        decoder.pre_bbox_head = nn.Identity()
+        decoder.lqe_layers = nn.ModuleList(nn.Identity() for _ in decoder.lqe_layers)
 
     def forward(self, images: Tensor, sizes: Tensor) -> Detections:
         """Detect.
@@ -181,7 +189,7 @@ class DFineNet(nn.Module):
             return x.gather(1, place.expand(-1, -1, x.shape[-1]))
 
         content = pick(memory)
-        boxes = net.enc_bbox_head(content) + pick(anchors.expand(len(tokens), -1, -1))
+        boxes = net.enc_bbox_head(content) + pick(anchors.expand(tokens.shape[0], -1, -1))
         return Memory(tokens, shapes, content.detach(), pick(logits), boxes)
 
     def _decode(
@@ -195,7 +203,8 @@ class DFineNet(nn.Module):
     ) -> Outputs:
         """All decoder layers; class logits of each layer, or of the last one only."""
         decoder = self.model.decoder
-        shapes = torch.tensor(memory.shapes, device=content.device)
+        # the layers only check its sum, which no exported graph should do
+        shapes = np.array(memory.shapes, dtype=object)
         mask = None
         if blocked is not None:
             mask = torch.zeros(blocked.shape, dtype=content.dtype, device=content.device)
@@ -311,9 +320,8 @@ def initialise(model: Any) -> None:
     for attention in (m for m in model.modules() if hasattr(m, "q_proj")):
         _as_one_projection(attention)
     last = [model.enc_bbox_head.layers[-1], *(h.layers[-1] for h in decoder.bbox_embed)]
-    last += [lqe.reg_conf.layers[-1] for lqe in decoder.lqe_layers if hasattr(lqe, "reg_conf")]
-    if hasattr(decoder.pre_bbox_head, "layers"):
-        last.append(decoder.pre_bbox_head.layers[-1])
+    last += [lqe.reg_conf.layers[-1] for lqe in decoder.lqe_layers]
+    last.append(decoder.pre_bbox_head.layers[-1])
     for linear in last:
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
