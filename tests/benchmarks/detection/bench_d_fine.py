@@ -1,6 +1,6 @@
 """What D-FINE costs: criterion, training step and inference against the official code's.
 
-    python tests/benchmarks/detection/bench_d_fine.py [--official DIR] [--repeat N] [--out FILE]
+    python tests/benchmarks/detection/bench_d_fine.py [--official DIR] [--only ROW ...]
 
 The official repository (Peterande/D-FINE) is not part of this project; without it the rows that
 need it are left out. Both sides run in one process in turn on the same tensors, with one thread,
@@ -44,27 +44,31 @@ def main() -> None:
     parser.add_argument("--official", type=Path, default=os.environ.get("OFFICIAL_D_FINE"))
     parser.add_argument("--out", type=Path, default=ROOT / "docs/results/bench-d-fine.json")
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--only", nargs="*", choices=list(ROWS), default=list(ROWS))
     asked = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rows = [plain_row(asked.repeat)]
-    if asked.official is not None:
-        official = load(asked.official)
-        rows += [
-            criterion_row(official, asked.repeat),
-            step_row(official, asked.repeat),
-            inference_row(official, asked.repeat),
-        ]
+    official = load(asked.official) if asked.official is not None else None
+    rows = json.loads(asked.out.read_text())["rows"] if asked.out.exists() else []
+    for name in asked.only:
+        if official is None and name != "plain":
+            continue
+        found = ROWS[name](official, asked.repeat)
+        print(found)
+        rows = [r for r in rows if r["what"] != found["what"]] + [found]
+        write(asked.out, rows)  # as they are measured
+
+
+def write(out: Path, rows: list[Row]) -> None:
+    """Write all rows."""
     content = {
         "command": "python tests/benchmarks/detection/bench_d_fine.py",
         "machine": f"{platform.machine()}, 1 thread, process seconds",
         "versions": {n: version(n) for n in ("torch", "transformers", "cohobate-detection")},
         "rows": rows,
     }
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(json.dumps(content, indent=1) + "\n")
-    for found in rows:
-        print(found)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def alternate(repeat: int, *actions: Callable[[], Any]) -> list[list[float]]:
@@ -283,7 +287,7 @@ def inference_row(official: dict[str, Any], repeat: int) -> Row:
     return row("inference, deployed N, 640 × 640", *seconds, "official")
 
 
-def plain_row(repeat: int) -> Row:
+def plain_row(_: Any, repeat: int) -> Row:
     """What FDR and GO-LSD add to a training step over plain regression, six layers."""
     images, targets = torch.rand(2, 3, 320, 320), objects(2)
     config = config_of("n", CLASSES, decoder_layers=LAYERS)
@@ -294,6 +298,13 @@ def plain_row(repeat: int) -> Row:
     seconds = alternate(repeat, *steps)
     return row("training step, FDR + GO-LSD, 6 layers, 300 queries", *seconds, "plain regression")
 
+
+ROWS: dict[str, Callable[[Any, int], Row]] = {
+    "criterion": criterion_row,
+    "step": step_row,
+    "inference": inference_row,
+    "plain": plain_row,
+}
 
 if __name__ == "__main__":
     main()

@@ -354,11 +354,13 @@ def _rays(attention: Any) -> Tensor:
     return (ray[:, None] * step[None, :, None]).flatten()
 
 
-def deploy(network: DFineNet) -> DFineNet:
+def deploy(network: DFineNet, *, backbone: bool = True) -> DFineNet:
     """A copy for inference: what only training needs is gone, each convolution has its norm inside.
 
     Args:
         network: A trained network.
+        backbone: Also fuse the backbone and the projections behind it, which the official form
+            leaves as they are.
 
     Returns:
         The same detections from fewer operations; it cannot be trained.
@@ -374,6 +376,11 @@ def deploy(network: DFineNet) -> DFineNet:
     for module in list(slim.modules()):
         if hasattr(module, "conv") and hasattr(module, "norm"):
             module.conv, module.norm = fuse(module.conv, module.norm), nn.Identity()
+        if backbone and hasattr(module, "convolution"):
+            module.convolution = fuse(module.convolution, module.normalization)
+            module.normalization = nn.Identity()
+    for n, project in enumerate(slim.model.encoder_input_proj if backbone else ()):
+        slim.model.encoder_input_proj[n] = fuse(project[0], project[1])
     for module in list(slim.modules()):
         if hasattr(module, "bottlenecks"):
             for n, block in enumerate(module.bottlenecks):
