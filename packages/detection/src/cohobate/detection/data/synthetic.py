@@ -36,7 +36,8 @@ def _picture(rng: np.random.Generator, name: str, size: int) -> Picture:
     y, x = np.mgrid[:size, :size] + 0.5
     wave = np.sin(x * rng.uniform(0.02, 0.2) + y * rng.uniform(0.02, 0.2))
     image = rng.uniform(60, 190, 3) + 25 * wave[..., None] + rng.normal(0, 12, (size, size, 3))
-    masks, labels = [], []
+    masks: list[np.ndarray] = []
+    labels: list[int] = []
     for _ in range(rng.integers(1, 7)):
         label = int(rng.integers(len(CATEGORIES)))
         half = rng.uniform(0.05, 0.22, 2) * size
@@ -54,5 +55,5 @@ def _picture(rng: np.random.Generator, name: str, size: int) -> Picture:
 
 
 def _bounds(mask: np.ndarray) -> list[int]:
-    rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
-    return [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
