@@ -3,8 +3,8 @@
 Fully developed speckle (the magnitude of a complex Gaussian field smoothed along the beam and
 across it) over tissue layers with attenuation in depth, log-compressed to 50 dB. A benign lesion is
 a smooth ellipse, wider than tall, with a bright band behind; a malignant one is darker, has a
-spiculated outline, is taller than wide, and throws a shadow. Both are drawn from overlapping ranges and a
-share of lesions lacks the band or the shadow, so no single sign decides.
+spiculated outline, is taller than wide, and throws a shadow. Both are drawn from overlapping
+ranges and a share of lesions lacks the band or the shadow, so no single sign decides.
 """
 
 from __future__ import annotations
