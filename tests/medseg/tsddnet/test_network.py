@@ -151,7 +151,7 @@ def test_weights_of_torchvision_load_but_for_the_predictor():
     ("name", "args", "side", "message"),
     [
         ("fasterrcnn_resnet50_fpnn", None, 64, "did you mean 'fasterrcnn_resnet50_fpn'"),
-        ("test_resnet", {"chanels": 8}, 64, "chanels"),
+        ("test_resnet", {"widths": 8}, 64, "test_resnet has no .widths."),
         ("test_resnet", None, 70, "image_size 70: not a multiple of 32"),
     ],
 )

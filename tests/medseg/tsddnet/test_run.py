@@ -85,6 +85,10 @@ def trained(folder, small, tmp_path_factory) -> list[Path]:
     return fit(folder, tmp_path_factory.mktemp("runs") / "tsddnet", small)
 
 
+def table(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
 def weights(run: Path) -> dict:
     return load_checkpoint(run / "last.ckpt")["state_dict"]
 
@@ -98,7 +102,7 @@ def test_the_stages_and_what_they_leave(trained):
     assert info["parameters"]["added"] > 0, "the inner folds' networks are not the student"
     assert (trained[-1] / "lesions.png").read_bytes().startswith(b"\x89PNG")
     assert (trained[-1] / "audit.html").exists()
-    rows = list(csv.DictReader((trained[-1] / "audit.csv").open()))
+    rows = table(trained[-1] / "audit.csv")
     decisions = {row["decision"] for row in rows}
     assert decisions <= {"kept", "replaced", "accepted", "rejected", "nothing found"}
     assert not (trained[0] / "audit.csv").exists()
@@ -155,8 +159,7 @@ def test_a_run_that_stopped_inside_the_last_stage_ends_the_same(
         patch.setattr(Fuse, "forward_train", forward_train)
         with pytest.raises(RuntimeError, match="power cut"):
             fit(folder, out, small, "--checkpoint_steps=1")
-    patch_free = monkeypatch
-    patch_free.setattr(
+    monkeypatch.setattr(
         "cohobate.medseg.tsddnet.method.refine", lambda *_: pytest.fail("selected twice")
     )
     stages = fit(folder, out, small)
@@ -205,7 +208,7 @@ def test_prediction(trained, folder, tmp_path):
     outcome = run_command(*words, inputs, "--out", out)
     assert_one_line(outcome, "broken.png: not a readable image", "the other 1 are in")
     assert sorted(p.name for p in out.iterdir()) == ["lesions.csv", "scan_lesion.png"]
-    row = next(csv.DictReader((out / "lesions.csv").open()))
+    row = table(out / "lesions.csv")[0]
     assert list(row) == [
         "image", "x1", "y1", "x2", "y2", "score", "p_benign", "p_malignant", "class", "note",
     ]  # fmt: skip
@@ -217,7 +220,7 @@ def test_prediction(trained, folder, tmp_path):
         "--picture=false",
     )  # fmt: skip
     assert good.code == 0, good.err
-    row = next(csv.DictReader((tmp_path / "none" / "lesions.csv").open()))
+    row = table(tmp_path / "none" / "lesions.csv")[0]
     assert row["note"] == "whole image"
     assert [float(row[k]) for k in ("x1", "y1", "x2", "y2", "score")] == [0, 0, 90, 96, 0]
     empty = tmp_path / "empty"
@@ -279,3 +282,7 @@ def test_bad_data_leaves_nothing(refused, folder, tmp_path):
 def test_a_table_of_other_images(refused, folder, trained, tmp_path):
     outcome = refused(folder, f"--data.audit={trained[-1] / 'audit.csv'}", "--data.split.fold=2")
     assert_one_line(outcome, "audit.csv line", "is no training image of this fold")
+    assert_one_line(
+        refused(folder, f"--data.audit={tmp_path / 'no.csv'}"), "no.csv: cannot be read"
+    )
+    assert not (tmp_path / "run").exists()

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from cohobate.core.errors import InputError
 from cohobate.core.training.data import Draw, EpochSampler, ResumableLoader
 from cohobate.medseg.tsddnet import synthetic
+from cohobate.medseg.tsddnet.audit import read_audit
 from cohobate.medseg.tsddnet.readers import Lesion, Samples, duplicates, groups, read
 
 SMALLEST_BOX = 2.0  # pixels; a perturbed box is never smaller
@@ -232,6 +233,8 @@ class UltrasoundData(pl.LightningDataModule):
         if cross_fit:
             self.train.fold = inner_folds(self.train.samples.labels, together[train], cross_fit, 0)
         self._make_coarse()
+        if audit is not None:
+            read_audit(Path(audit), self.train.samples)  # a fault in it shows before a run starts
 
     def describe(self) -> str:
         """What the data is, in one line."""
