@@ -141,7 +141,7 @@ class TSDDNet(DistillModule):
     def example_input(self) -> tuple[Tensor, ...]:
         """One canvas and its size."""
         side = self.image_size
-        return torch.zeros(1, 3, side, side), torch.full((1, 2), float(side))
+        return torch.zeros(1, 3, side, side), torch.full((1, 2), side)
 
     def open_axes(self) -> tuple[dict[int, str], ...]:
         """None: a detector cannot be written as a fixed graph.
@@ -197,13 +197,14 @@ class TSDDNet(DistillModule):
         log.info("%s: C-Net, all but its head", path)
 
     def on_fit_start(self) -> None:
-        """Choose the boxes, or take them from a table; the table stays in the run folder."""
+        """Choose the boxes, or take them from a table; a resumed run has chosen before."""
         data: UltrasoundData = self.trainer.datamodule  # type: ignore[attr-defined]
         table = Path(self.trainer.default_root_dir) / "audit.csv"
-        source = table if table.exists() else data.audit
-        if source is None and self.select and self.selection.scope != "none":
+        choosing = data.audit is None and self.select and self.selection.scope != "none"
+        if choosing and not table.exists():
             self._select(data, table)
-            source = table
+        self.trainer.strategy.barrier("audit")  # one process chooses, all apply
+        source = table if choosing else data.audit
         if source is not None:
             data.apply(read_audit(Path(source), data.train.samples))
         self.quality = quality(data)
