@@ -35,6 +35,7 @@ SMALL = [
     "--model.selection.tau_det=0.0",
     "--model.selection.tau_cls=0.2",
     "--data.image_size=64",
+    "--data.batch_size=4",
     "--data.split.folds=3",
     "--data.split.val=0.25",
     "--trainer.max_epochs=2",
@@ -148,7 +149,7 @@ def test_a_run_that_stopped_inside_the_last_stage_ends_the_same(
     original = Fuse.forward_train
 
     def forward_train(self, batch):
-        if self.global_step == 2:
+        if self.global_step == 4:
             raise RuntimeError("power cut")
         return original(self, batch)
 

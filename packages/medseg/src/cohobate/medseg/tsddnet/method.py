@@ -217,7 +217,8 @@ class TSDDNet(DistillModule):
         training = self.training
         self.eval()
         nets = list(self.fold_nets) or [self.net.classifier]
-        audit = refine(self.net, nets, data, self.selection)
+        with torch.random.fork_rng(devices=[]):  # as if the boxes came from a table
+            audit = refine(self.net, nets, data, self.selection)
         self.train(training)
         audit.write_html(table.with_suffix(".html"), data.train.samples.images)
         audit.write_csv(table)
