@@ -19,7 +19,7 @@ def esol(molecule: Chem.Mol) -> float:
 
     Example:
         >>> round(esol(Chem.MolFromSmiles("c1ccccc1")), 2)
-        -2.0
+        -2.13
     """
     aromatic = sum(atom.GetIsAromatic() for atom in molecule.GetAtoms())
     share = aromatic / max(molecule.GetNumHeavyAtoms(), 1)
