@@ -6,7 +6,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cohobate.core.errors import InputError
 from cohobate.core.export import export, load_student, to_onnx
@@ -36,6 +36,16 @@ def test_onnx_keeps_axes_open(tmp_path: Path, axes: dict[int, str]) -> None:
     shape = [7 if axis in axes else 1 for axis in (0, 1)]
     out = session.run(None, {session.get_inputs()[0].name: torch.zeros(*shape, 3).numpy()})
     assert out[0].shape == (*shape, 2)
+
+
+def test_a_network_that_onnx_cannot_hold_is_one_line(tmp_path: Path) -> None:
+    class Branching(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(InputError, match=r"x.onnx: torch .* cannot put .* into ONNX: .*ependent"):
+        to_onnx(Branching(), (torch.zeros(1, 3),), tmp_path / "x.onnx", open_axes=({0: "batch"},))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_disagrees_is_an_error_and_not_written(tmp_path: Path, monkeypatch) -> None:

@@ -70,9 +70,15 @@ def products(x: Tensor, w: Tensor, x_t: Tensor, w_t: Tensor) -> None:
 
 
 def naive(x: Tensor, w: Tensor, x_t: Tensor, w_t: Tensor) -> Tensor:
-    """All logits of both models, and what everyone writes first."""
+    """All logits of both models, with nothing that a temperature of one leaves out."""
     log_q, log_p = (x @ w.t()).log_softmax(-1), (x_t @ w_t.t()).log_softmax(-1)
     return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+
+
+def tempered(x: Tensor, w: Tensor, x_t: Tensor, w_t: Tensor, tau: float = 1.0) -> Tensor:
+    """What everyone writes first: both logits over a temperature, and the teacher's softmax."""
+    log_q, p = (x @ w.t() / tau).log_softmax(-1), (x_t @ w_t.t() / tau).softmax(-1)
+    return F.kl_div(log_q, p, reduction="batchmean") * tau**2
 
 
 def torch_linear_cross_entropy(x: Tensor, w: Tensor, x_t: Tensor, w_t: Tensor) -> Tensor:
@@ -136,6 +142,7 @@ def classes_of(x: Tensor) -> Tensor:
 VARIANTS: dict[str, tuple[str, Callable[[], Callable[..., Any]]]] = {
     "four matrix products alone": ("none", lambda: products),
     "naive": ("forward KL", lambda: naive),
+    "naive, with a temperature": ("forward KL", lambda: tempered),
     "naive, torch.compile": ("forward KL", lambda: torch.compile(naive)),
     "torch linear_cross_entropy": ("forward KL", lambda: torch_linear_cross_entropy),
     "Liger-Kernel, chunks of 1024 (its default)": ("forward KL", lambda: liger(False, 1024)),

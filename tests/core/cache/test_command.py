@@ -53,7 +53,7 @@ def test_answers_are_the_teachers(cache):
 
 def test_a_set_of_teachers_is_one_teacher(cache):
     assert cache("--model.several=true").code == 0
-    outcome = cache("--teacher=teacher.members.only")
+    outcome = cache("--model.several=true", "--teacher=teacher.members.only")
     assert_one_line(outcome, "answers: made with teacher", "asked for")
 
 

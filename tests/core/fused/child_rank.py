@@ -22,9 +22,8 @@ class Student(torch.nn.Module):
 
 
 def main(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     x, x_t, body, head, w_t, keep = torch.load(f"{folder}/batch.pt", weights_only=True)
     model = torch.nn.parallel.DistributedDataParallel(Student(body, head))
     mine = slice(0, 2) if rank == 0 else slice(2, len(x))
@@ -32,6 +31,9 @@ def main(rank: int, folder: str) -> None:
     model(x[mine], x_t[mine], w_t, weight=keep[mine], num_items=items).backward()
     if rank == 0:
         torch.save([p.grad for p in model.parameters()], f"{folder}/gradients.pt")
+    # a rank that leaves closes connections from which the other may still read
+    store.set(f"done-{rank}", "")
+    store.wait(["done-0", "done-1"])
     torch.distributed.destroy_process_group()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cohobate.core.fused import chunked, tiles
@@ -85,6 +86,8 @@ def test_every_variant_compiles_for_a_gpu(kind, triton_cache):
 def test_gpu_path_has_sound_shapes_and_types(dtype, masked):
     """Every product of the GPU path on fake tensors: the row stage sees float32 logits, and the
     weight's gradient is a product over a group of chunks."""
+    if dtype != torch.float32 and Version(torch.__version__) < Version("2.15"):
+        pytest.skip("an older torch asks a driver for the shape of a product with `out_dtype`")
     seen = []
 
     def stage(raw, teacher, coef, labels, spec, out):

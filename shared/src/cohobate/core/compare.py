@@ -7,12 +7,15 @@ difference is taken seed by seed, which removes most of the spread between seeds
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -444,11 +447,13 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     arms = list(result["arms"])
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        width = max(3.4 * len(result["metrics"]), 5.0)  # the title needs that much
-        figure = Figure(figsize=(width, 3.2), layout="constrained")
+        columns = min(3, len(result["metrics"]))
+        rows = math.ceil(len(result["metrics"]) / columns)
+        width = max(0.85 * len(arms), 2.0, 5.0 / columns)  # the title needs five inches
+        figure = Figure(figsize=(width * columns + 0.6, 2.9 * rows + 0.3), layout="constrained")
         FigureCanvasAgg(figure)
         for place, metric in enumerate(result["metrics"]):
-            axes = figure.add_subplot(1, len(result["metrics"]), place + 1)
+            axes = figure.add_subplot(rows, columns, place + 1)
             values = [result["arms"][arm]["metrics"][metric["name"]]["values"] for arm in arms]
             for seed in zip(*values, strict=True):
                 axes.plot(
@@ -457,10 +462,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
             for x, found in enumerate(values):
                 mean = statistics.fmean(found)
                 axes.plot([x - 0.2, x + 0.2], [mean, mean], color="C0", linewidth=3)
-            axes.set_xticks(range(len(arms)), [arm.replace("_", "\n") for arm in arms])
-            axes.margins(x=0.25)
+            axes.set_xticks(range(len(arms)), [re.sub("[-_]", "\n", arm) for arm in arms])
+            axes.margins(x=0.12)
             arrow = "higher is better" if metric["direction"] == "higher" else "lower is better"
-            axes.set_title(f"{metric['label']} ({arrow})", fontsize=9)
+            title = textwrap.fill(f"{metric['label']} ({arrow})", round(13 * width))
+            axes.set_title(title, fontsize=9)
         figure.suptitle(
             f"{result['recipe']}: a grey line is one seed, the bar the mean", fontsize=9
         )

@@ -101,7 +101,8 @@ def to_onnx(
         ``path``.
 
     Raises:
-        InputError: ONNX Runtime's output differs from the network's by more than ``tolerance``.
+        InputError: The network cannot be put into ONNX, or ONNX Runtime's output differs from the
+            network's by more than ``tolerance``.
     """
     network = network.cpu().eval()
     inputs = tuple(x.detach().cpu() for x in inputs)
@@ -113,9 +114,16 @@ def to_onnx(
         logging.getLogger(name).setLevel(logging.ERROR)
     with save_atomic(path) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's notes on its own internals
-        program = torch.onnx.export(
-            network, twice, dynamo=True, dynamic_shapes=shapes, verbose=False, external_data=False
-        )
+        try:
+            program = torch.onnx.export(
+                network, twice, dynamo=True, dynamic_shapes=shapes, verbose=False,
+                external_data=False,
+            )  # fmt: skip
+        except torch.onnx.OnnxExporterError as error:
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            raise InputError(
+                f"{path}: torch {torch.__version__} cannot put the network into ONNX: {reason}"
+            ) from error
         assert program is not None
         program.save(temporary, external_data=False)
         for example in (inputs, twice):

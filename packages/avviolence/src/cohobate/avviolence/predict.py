@@ -67,11 +67,11 @@ def intervals(scores: np.ndarray, rule: Rule) -> list[tuple[float, float]]:
     if len(starts) == 0:
         return []
     apart = (starts[1:] - ends[:-1]) * SNIPPET_SECONDS > rule.max_gap
-    starts = starts[np.concatenate(([True], apart))] * SNIPPET_SECONDS
-    ends = ends[np.concatenate((apart, [True]))] * SNIPPET_SECONDS
+    begin = starts[np.concatenate(([True], apart))] * SNIPPET_SECONDS
+    finish = ends[np.concatenate((apart, [True]))] * SNIPPET_SECONDS
     return [
         (round(float(start), 3), round(float(end), 3))
-        for start, end in zip(starts, ends, strict=True)
+        for start, end in zip(begin, finish, strict=True)
         if end - start >= rule.min_length
     ]
 

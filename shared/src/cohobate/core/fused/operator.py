@@ -131,8 +131,6 @@ def _scaled(tensor: Tensor, grad: Tensor | None, dtype: torch.dtype) -> Tensor |
         return None
     if torch.compiler.is_compiling() or tensor.dtype != dtype or _graph_is_kept():
         return (tensor * grad).to(dtype)
-    if grad.device.type == "cpu" and bool(grad == 1):
-        return tensor
     return tensor.mul_(grad)  # a copy of the weight's gradient would raise the peak of memory
 
 

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from cohobate.core.io import load_checkpoint, save_atomic
+from cohobate.core.training.data import ResumableLoader
 from cohobate.core.training.logger import MetricsCsv
 
 
@@ -124,12 +126,16 @@ class LastCheckpoint(Checkpoint):
 class ExactResume(Callback):
     """Keeps in the checkpoint what Lightning leaves out: a resumed run repeats every number.
 
-    The random states of python, numpy, torch and CUDA, and the length of ``metrics.csv``. The place
-    in the epoch is kept by `ResumableLoader`, evolving teachers by `DistillModule`.
+    The random states of python, numpy, torch and CUDA, the length of ``metrics.csv``, and the place
+    in the epoch, which `ResumableLoader` tells. Evolving teachers are kept by `DistillModule`.
+
+    Lightning forgets that place when a method's ``configure_optimizers`` asks for the number of
+    steps: the data are then set up before a checkpoint is read.
     """
 
     def __init__(self) -> None:
         self._random: dict[str, Any] | None = None
+        self._places: list[dict[str, int]] = []
 
     def state_dict(self) -> dict[str, Any]:
         """All random states as tensors and numbers, readable with ``weights_only``."""
@@ -149,7 +155,8 @@ class ExactResume(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Note what of ``metrics.csv`` belongs to this checkpoint."""
+        """Note the place in the epoch, and what of ``metrics.csv`` belongs to this checkpoint."""
+        checkpoint["places"] = [loader.state_dict() for loader in _loaders(trainer)]
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCsv):
                 checkpoint["metrics_rows"] = logger.rows_written
@@ -159,6 +166,7 @@ class ExactResume(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Drop the rows written after the checkpoint: they will be written again."""
+        self._places = checkpoint["places"]
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCsv):
                 logger.truncate(checkpoint["metrics_rows"])
@@ -166,7 +174,11 @@ class ExactResume(Callback):
                     logger.log_metrics(pending, step=checkpoint["global_step"] - 1)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the random states back, last of all before the first step."""
+        """Put places and random states back, last of all before the first step."""
+        places, self._places = self._places, []
+        if places:
+            for loader, place in zip(_loaders(trainer), places, strict=True):
+                loader.load_state_dict(place)
         state, self._random = self._random, None
         if state is None:
             return
@@ -177,6 +189,12 @@ class ExactResume(Callback):
         torch.set_rng_state(state["torch"].cpu())
         if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+def _loaders(trainer: pl.Trainer) -> list[ResumableLoader]:
+    """The training data's loaders that know their place."""
+    loaders = CombinedLoader(trainer.train_dataloader or []).flattened
+    return [loader for loader in loaders if isinstance(loader, ResumableLoader)]
 
 
 def _pending(trainer: pl.Trainer) -> dict[str, float]:

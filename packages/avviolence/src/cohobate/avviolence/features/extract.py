@@ -146,8 +146,13 @@ class Extracted:
         """Lengths in seconds."""
         pictures = len(self.features) * SNIPPET_SECONDS
         heard = len(self.waveform) / SAMPLE_RATE
-        numbers = (round(x, 3) for x in (pictures, heard, heard - pictures))
-        return Report(path.name, len(self.features), *numbers)
+        return Report(
+            path.name,
+            len(self.features),
+            round(pictures, 3),
+            round(heard, 3),
+            round(heard - pictures, 3),
+        )
 
 
 class _Thumbnails:

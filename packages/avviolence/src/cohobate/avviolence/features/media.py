@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from fractions import Fraction
@@ -126,13 +127,13 @@ def _nearest(frames: Iterator[tuple[Any, Fraction, Fraction]]) -> Iterator[np.nd
     for frame, time, stay in frames:
         if held is not None:
             until = (held[1] + time) / 2
-            count = max(0, int(np.ceil(until * FPS)) - number)
+            count = max(0, math.ceil(until * FPS) - number)
             yield from _repeat(held[0], count)
             number += count
         held = (frame, time, stay)
     if held is not None:
         until = held[1] + held[2]
-        yield from _repeat(held[0], max(int(np.ceil(until * FPS)) - number, 1 - min(number, 1)))
+        yield from _repeat(held[0], max(math.ceil(until * FPS) - number, 1 - min(number, 1)))
 
 
 def _repeat(frame: Any, count: int) -> Iterator[np.ndarray]:

@@ -40,6 +40,8 @@ class VGGish(nn.Module):
             nn.Linear(4096, 128), nn.ReLU(inplace=True),
         )  # fmt: skip
         self.postprocess = postprocess
+        self.pca_eigen_vectors: Tensor
+        self.pca_means: Tensor
         if postprocess:
             self.register_buffer("pca_eigen_vectors", torch.eye(128))
             self.register_buffer("pca_means", torch.zeros(128, 1))

@@ -15,8 +15,7 @@ from cohobate.avviolence.macil_sd.checkpoint import (
     save_official,
 )
 from cohobate.avviolence.macil_sd.network import AudioVisualNet
-from cohobate.core.cli import guard
-from cohobate.core.errors import InputError
+from cohobate.core.errors import InputError, guard
 from cohobate.core.io import save_atomic
 from cohobate.core.runs import RunFolder, load_run
 

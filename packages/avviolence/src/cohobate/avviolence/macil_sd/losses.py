@@ -168,7 +168,7 @@ def merge_(network: nn.Module, partner: nn.Module, m: float) -> list[str]:
     """
     theirs = dict(partner.named_parameters())
     names = [n for n, p in network.named_parameters() if n in theirs and p.shape == theirs[n].shape]
-    own = [network.get_parameter(name) for name in names]
+    own: list[Tensor] = [network.get_parameter(name) for name in names]
     torch._foreach_lerp_(own, [theirs[name] for name in names], 1 - m)
     return names
 

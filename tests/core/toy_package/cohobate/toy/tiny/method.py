@@ -153,7 +153,11 @@ class Tiny(DistillModule):
         self.log("test/loss", F.cross_entropy(self.net(batch[0]), batch[1]))
 
     def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), self.lr)
+        optimizer = torch.optim.Adam(self.parameters(), self.lr)
+        # asking for the number of steps makes Lightning set up the data before a run is resumed
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def predict_files(self, inputs: list[Path], out: Path, *, threshold: float = 0.5) -> list[Path]:
         """Classify points.

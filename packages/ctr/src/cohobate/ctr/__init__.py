@@ -1,0 +1,3 @@
+"""Click-through rate on behaviour sequences: papers, streaming data, networks and metrics."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,497 @@
+# ruff: noqa: B008 (the defaults are frozen dataclasses)
+"""AuroBind: structure, self-distillation, fitness, preference, and the student that screens."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cohobate.core.errors import InputError
+from cohobate.core.module import DistillModule
+from cohobate.core.training.schedules import Schedule, Step
+from cohobate.docking.aurobind import losses, structure
+from cohobate.docking.aurobind.diffusion import Noise
+from cohobate.docking.aurobind.heads import PairRows
+from cohobate.docking.aurobind.network import StructureModel, Symmetry
+from cohobate.docking.aurobind.student import FastStudent, Score
+from cohobate.docking.aurobind.targets import Answers, answers_of
+from cohobate.docking.aurobind.teachers import CompactTeacher, FilesTeacher, Teacher
+from cohobate.docking.data.features import BITS, ELEMENTS, POCKET_CHANNELS, Batch
+from cohobate.docking.metrics import ranking
+
+log = logging.getLogger("cohobate")
+Stage = Literal["structure", "self-distil", "fitness", "preference", "student"]
+
+
+class AuroBind(DistillModule):
+    """One module for all stages; each trains its own part and leaves the earlier ones as they are.
+
+    ``structure``: trunk, pose diffusion, distogram and confidence head from experimental poses.
+    ``self-distil``: the same, with half of each batch the model's own confident poses.
+    ``fitness``: the fitness head alone, squared error. ``preference``: the fitness head alone,
+    Plackett-Luce over the molecules of one target (or pairwise DPO). ``student``: the fast student
+    alone, from the teacher's hidden state and fitness.
+
+    ``distill=False`` leaves out the self-labels of stage 2 and the teacher of the last stage.
+
+    Args:
+        stage: Which.
+        distill: Whether to distil.
+        single: Channels of the tokens.
+        pair: Channels of the pairs.
+        trunk_blocks: Pairformer blocks of the trunk.
+        width: Channels of the pose diffusion.
+        diffusion_blocks: Its blocks.
+        heads: Its attention heads.
+        fitness_blocks: Pairformer blocks of the fitness head; the released one has 4.
+        fitness_hidden: Units of its networks; the released one has 512.
+        confidence_blocks: Pairformer blocks of the confidence head; the released one has 4.
+        pair_rows: Pairs the fitness head adds up: ``masked`` as the text says, ``official`` as the
+            released code does.
+        symmetry: Of the pose diffusion: ``augment`` as published, or exactly equivariant ``e3``.
+        noise: Noise levels.
+        draws: Noise levels for each pass of the trunk.
+        distogram: Weight of the distogram loss.
+        confidence: Weight of the confidence loss.
+        confidence_every: Steps from one confidence loss to the next; it needs a roll-out.
+        sample_steps: Steps of the sampler.
+        poses: Poses sampled for each complex in the test.
+        keep: Which self-labels are used.
+        smoothness: λ of the gradient penalty in ``fitness``.
+        preference: ``list`` is the paper's loss; ``pairs`` is pairwise DPO.
+        tau: τ of the lists.
+        ties: ``stable`` or, anew each step, ``shuffle``.
+        confidence_weight: Weigh each term of a list by the confidence in its pose.
+        mse_anchor: Weight of a squared error beside the preference; 0 as published.
+        beta: β of pairwise DPO.
+        margin: Least difference of labels of a pair, pK.
+        student_width: Channels of the student.
+        score: Score head of the student.
+        centroids: Molecules of each target whose complexes the student knows.
+        alpha: Weight of the hidden state.
+        label_mix: Share of the measured label in what the student learns, where there is one.
+        teacher_files: Folder of another model's answers (see `FilesTeacher`), instead of the
+            structure model's.
+        lr: Learning rate of Adam, after a warm-up.
+        warmup: Steps until ``lr``.
+
+    References:
+        AuroBind, arXiv 2508.02137.
+    """
+
+    monitor: ClassVar[str] = "val/score"
+    mode: ClassVar[str] = "max"
+
+    def __init__(
+        self,
+        stage: Stage = "structure",
+        distill: bool = True,
+        single: int = 64,
+        pair: int = 32,
+        trunk_blocks: int = 2,
+        width: int = 64,
+        diffusion_blocks: int = 4,
+        heads: int = 4,
+        fitness_blocks: int = 1,
+        fitness_hidden: int = 128,
+        confidence_blocks: int = 1,
+        pair_rows: PairRows = "masked",
+        symmetry: Symmetry = "augment",
+        noise: Noise = Noise(),
+        draws: int = 4,
+        distogram: float = 0.03,
+        confidence: float = 0.01,
+        confidence_every: int = 4,
+        sample_steps: int = 20,
+        poses: int = 1,
+        keep: structure.Keep = structure.Keep(),
+        smoothness: float = 0.0,
+        preference: Literal["list", "pairs"] = "list",
+        tau: float = 0.1,
+        ties: Literal["stable", "shuffle"] = "stable",
+        confidence_weight: bool = False,
+        mse_anchor: float = 0.0,
+        beta: float = 1.0,
+        margin: float = 0.3,
+        student_width: int = 128,
+        score: Score = "mlp",
+        centroids: int = 16,
+        alpha: float = 1.0,
+        label_mix: float = 0.0,
+        teacher_files: Path | None = None,
+        lr: float = 1.5e-3,
+        warmup: int = 50,
+    ) -> None:
+        weights: dict[str, float | Schedule] = {
+            "bond": Step([0.0, 1.0], [2 / 3]), "distogram": distogram, "confidence": confidence,
+            "mse": mse_anchor if stage == "preference" else 1.0, "hidden": alpha,
+        }  # fmt: skip
+        super().__init__(distill=distill, weights=weights)
+        self.network = StructureModel(
+            single, pair, trunk_blocks, width, diffusion_blocks, heads, fitness_blocks,
+            fitness_hidden, confidence_blocks, pair_rows, symmetry, noise,
+        )  # fmt: skip
+        self.fast = (
+            FastStudent(2 * single, POCKET_CHANNELS, BITS, ELEMENTS, student_width, score)
+            if stage == "student"
+            else None
+        )
+        self.stage, self.draws, self.sample_steps, self.poses = stage, draws, sample_steps, poses
+        self.confidence_every, self.keep, self.smoothness = confidence_every, keep, smoothness
+        self.preference, self.tau, self.ties = preference, tau, ties
+        self.confidence_weight, self.beta, self.margin = confidence_weight, beta, margin
+        self.centroids, self.label_mix, self.lr, self.warmup = centroids, label_mix, lr, warmup
+        self.mse_anchor, self.single, self.teacher_files = mse_anchor, single, teacher_files
+        self._freeze()
+        self._own: dict[int, Tensor] = {}
+        self._answers: Answers | None = None
+        self._reference: Tensor | None = None
+        self._seen: list[dict[str, np.ndarray]] = []
+
+    # --- what is trained ---------------------------------------------------------------------
+
+    @property
+    def student(self) -> nn.Module:
+        """The fast student in the last stage, the structure model before."""
+        return self.network if self.fast is None else self.fast
+
+    def trained(self) -> nn.Module:
+        """The part this stage trains."""
+        return self.network.fitness if self.stage in ("fitness", "preference") else self.student
+
+    def _freeze(self) -> None:
+        self.requires_grad_(False)
+        self.trained().requires_grad_(True)
+        if self.stage in ("structure", "self-distil"):
+            self.network.fitness.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> AuroBind:
+        """Only what is trained leaves eval mode."""
+        super().train(False)
+        self.training = mode
+        self.trained().train(mode)
+        return self
+
+    def load_stage(self, weights: dict[str, Tensor]) -> None:
+        """Take an earlier stage's structure model.
+
+        Raises:
+            InputError: A tensor is missing or has another shape.
+        """
+        for name, tensor in self.network.state_dict().items():
+            found = weights.get(f"network.{name}")
+            if found is None or found.shape != tensor.shape:
+                raise InputError(f"the earlier stage has no fitting weights for network.{name}")
+        own = {
+            k.removeprefix("network."): v for k, v in weights.items() if k.startswith("network.")
+        }
+        self.network.load_state_dict(own)
+
+    def example_input(self) -> tuple[Tensor, ...]:
+        """One pair for the student; the structure model itself has no export."""
+        if self.fast is None:
+            raise InputError(f"stage {self.stage}: only the student of the last stage is exported")
+        prior = self.fast.prior.in_features
+        return (
+            torch.zeros(1, BITS), torch.ones(1, ELEMENTS), torch.zeros(1, POCKET_CHANNELS),
+            torch.zeros(1, prior),
+        )  # fmt: skip
+
+    def configure_optimizers(self) -> Any:
+        """Adam with warm-up, then a cosine to zero."""
+        used = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(used, self.lr, betas=(0.9, 0.95))
+        total = max(int(self.trainer.estimated_stepping_batches), 1)
+        warm = min(self.warmup, total // 4)
+
+        def factor(step: int) -> float:
+            if step < warm:
+                return (step + 1) / (warm + 1)
+            return 0.5 * (1 + float(np.cos(np.pi * (step - warm) / max(total - warm, 1))))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # --- before training ---------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Ask the teacher once for what this stage learns; the run folder keeps the answers."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if data is None or not hasattr(data, "batches_of"):
+            return
+        self.to(self.trainer.strategy.root_device)
+        folder = Path(self.trainer.default_root_dir)
+        if self.stage == "student":
+            own = CompactTeacher(self.network, self.device)
+            teacher: Teacher = FilesTeacher(self.teacher_files) if self.teacher_files else own
+            self._answers = answers_of(
+                teacher, data, self.centroids, folder / "teacher.safetensors", 2 * self.single
+            )
+        if self.stage == "self-distil" and self.distill and stage == "fit":
+            self._own = self._self_labels(data, folder / "self_labels.npz")
+            data.self_labelled = sorted(self._own)
+        if self.stage == "preference" and self.preference == "pairs" and stage == "fit":
+            self._reference = self._references(data, folder / "reference.npz")
+
+    @torch.no_grad()
+    def _self_labels(self, data: Any, path: Path) -> dict[int, Tensor]:
+        if not path.exists():
+            seed = int(data.seed)
+            val = data.places("val", pose=True)
+            places, poses, scores = structure.self_labels(
+                self.network, self._moved(data.batches_of(val)), self.keep, seed
+            )
+            kept = self.keep.passing(scores).tolist()
+            rmsd = [
+                structure.error_of(data.data.complexes[i], x)
+                for i, x, good in zip(places, poses, kept, strict=True) if good
+            ]  # fmt: skip
+            found: dict[str, np.ndarray] = {}
+            hidden = data.hidden_poses()
+            if not hidden:
+                raise InputError(
+                    "self-distillation: every pose is shown; data.posed must be below 1"
+                )
+            if structure.open_gate(self.keep, rmsd):
+                places, poses, scores = structure.self_labels(
+                    self.network, self._moved(data.batches_of(hidden)), self.keep, seed + 1
+                )
+                kept = self.keep.passing(scores).tolist()
+                found = {
+                    str(i): x.numpy()
+                    for i, x, good in zip(places, poses, kept, strict=True)
+                    if good
+                }
+                log.info("self-distillation: %d of %d poses kept", len(found), len(hidden))
+            np.savez(path, **found)  # type: ignore[arg-type]
+        with np.load(path) as file:
+            return {int(name): torch.from_numpy(file[name]) for name in file.files}
+
+    @torch.no_grad()
+    def _references(self, data: Any, path: Path) -> Tensor:
+        """The frozen fine-tuned model's fitness of every complex."""
+        if not path.exists():
+            every = range(len(data.data))
+            found = [self.network(b).cpu() for b in self._moved(data.batches_of(every))]
+            np.savez(path, fitness=torch.cat(found).numpy())
+        with np.load(path) as file:
+            return torch.from_numpy(file["fitness"])
+
+    def _moved(self, batches: Any) -> Any:
+        return ({k: v.to(self.device) for k, v in batch.items()} for batch in batches)
+
+    # --- training ----------------------------------------------------------------------------
+
+    def forward_train(self, batch: Batch) -> Any:
+        """What the stage's losses need."""
+        if self.fast is not None:
+            assert self._answers is not None
+            prior = self._answers.prior[batch["index"].cpu()].to(self.device)
+            return self.fast(batch["bits"], batch["counts"], batch["embedding"], prior)
+        if self.stage in ("fitness", "preference"):
+            with torch.no_grad():
+                known = self.network.trunk(batch)
+            s, z = known.s, known.z
+            if self.smoothness > 0:
+                s, z = s.requires_grad_(), z.requires_grad_()
+            return self.network.fitness(s, z, known.mask, known.ligand), (s, z), known
+        if self._own:
+            batch["pose"] = self._with_own(batch)
+        return self.network.trunk(batch)
+
+    def _with_own(self, batch: Batch) -> Tensor:
+        pose = batch["pose"].clone()
+        for row, place in enumerate(batch["index"].tolist()):
+            if place in self._own and bool(pose[row, 0].isnan().any()):
+                own = self._own[place]
+                pose[row, : len(own)] = own.to(pose)
+        return pose
+
+    def task_loss(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
+        """The stage's loss."""
+        if self.fast is not None:
+            fitness, _ = outputs
+            known = batch["label"].isfinite()
+            share = self.label_mix if self.distill else 1.0
+            if share == 0.0:
+                return {}
+            return {"label": share * losses.score(fitness, batch["label"].nan_to_num(), known)}
+        if self.stage == "fitness":
+            fitness, inputs, _ = outputs
+            return {
+                "mse": losses.sft(fitness, batch["label"], batch["sigma"], inputs, self.smoothness)
+            }
+        if self.stage == "preference":
+            return self._preference(outputs, batch)
+        turn = self.network.diffusion.symmetry == "augment"
+        terms = structure.structure_terms(self.network, batch, outputs, self.draws, turn)
+        terms["distogram"] = structure.distogram_term(self.network, batch, outputs)
+        if self.global_step % self.confidence_every == 0:
+            terms["confidence"] = structure.confidence_term(
+                self.network, batch, outputs, self.sample_steps
+            )
+        return terms
+
+    def _preference(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
+        fitness, _, known = outputs
+        rows, mask = losses.rows_of(batch["list"])
+        score, label = fitness[rows], batch["label"][rows]
+        if self._reference is not None:
+            reference = self._reference[batch["index"].cpu()].to(score)[rows]
+            found = losses.pairwise_dpo(
+                score, reference, label, mask, beta=self.beta, margin=self.margin
+            )
+        else:
+            weight = None
+            if self.confidence_weight:
+                pose = torch.nan_to_num(batch["pose"])
+                with torch.no_grad():
+                    judged = structure.judge(self.network, batch, known, pose)
+                weight = judged["ranking"][rows]
+            ties = torch.rand_like(label) if self.ties == "shuffle" else None
+            found = losses.plackett_luce(
+                score, label, mask, tau=self.tau, confidence=weight, ties=ties
+            )
+        terms = {"preference": found}
+        if self.mse_anchor > 0:
+            terms["mse"] = losses.sft(fitness, batch["label"])
+        return terms
+
+    def distill_loss(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
+        """The student's distance from the teacher: fitness and hidden state."""
+        if self.fast is None:
+            return {}
+        assert self._answers is not None
+        fitness, state = outputs
+        place = batch["index"].cpu()
+        wanted = self._answers.fitness[place].to(fitness)
+        # Where a label is mixed in, the teacher keeps the rest of the weight.
+        share = 1 - self.label_mix * batch["label"].isfinite()
+        return {
+            "teacher": (share * (fitness - wanted).abs()).mean(),
+            "hidden": losses.hidden(state, self._answers.hidden[place].to(state)),
+        }
+
+    # --- evaluation --------------------------------------------------------------------------
+
+    def score(self, batch: Batch) -> Tensor:
+        """Predicted pK (B,) of complexes of the data, by the student where there is one."""
+        if self.fast is None:
+            return self.network(batch)
+        assert self._answers is not None
+        prior = self._answers.prior[batch["index"].cpu()].to(self.device)
+        return self.fast(batch["bits"], batch["counts"], batch["embedding"], prior)[0]
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Negative denoising loss at fixed noise, or the labels' negative RMSE and ranking."""
+        if self.stage in ("structure", "self-distil"):
+            if not batch["pose"][batch["atom_mask"] > 0].isfinite().all():
+                return
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(batch_idx)
+                known = self.network.trunk(batch)
+                terms = structure.structure_terms(self.network, batch, known, 8, False)
+            self.log("val/score", -terms["diffusion"], batch_size=len(batch["label"]))
+        else:
+            self._collect(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Ranking inside targets."""
+        if self._seen:
+            found = self._scores()
+            best = -found["rmse"] if self.stage == "fitness" else found["spearman"]
+            self.log_dict({"val/score": best, **{f"val/{k}": v for k, v in found.items()}})
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Poses in the structure stages; ranking in the others."""
+        if self.stage not in ("structure", "self-distil"):
+            self._collect(batch)
+            return
+        x, scores = structure.best_poses(
+            self.network, batch, self.poses, self.sample_steps, seed=batch_idx
+        )
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        for row, place in enumerate(batch["index"].tolist()):
+            one = data.data.complexes[place]
+            if one.molecule.GetNumConformers():
+                every = [
+                    structure.error_of(one, pose[: one.molecule.GetNumAtoms()].cpu())
+                    for pose in x[row]
+                ]
+                self._seen.append(
+                    {"rmsd": np.array([every[0]]), "best": np.array([min(every)]),
+                     "plddt": scores["ligand_plddt"][row, :1].cpu().numpy()}
+                )  # fmt: skip
+
+    def on_test_epoch_end(self) -> None:
+        """Log what was collected."""
+        if not self._seen:
+            return
+        if "rmsd" in self._seen[0]:
+            rmsd, best = (np.concatenate([s[k] for s in self._seen]) for k in ("rmsd", "best"))
+            self._seen.clear()
+            found = {
+                "rmsd": float(np.median(rmsd)), "success": float((rmsd <= 2).mean()),
+                "best_rmsd": float(np.median(best)),
+            }  # fmt: skip
+        else:
+            found = self._scores()
+        self.log_dict({f"test/{k}": v for k, v in found.items()})
+
+    def _collect(self, batch: Batch) -> None:
+        known = batch["label"].isfinite()
+        values = {"score": self.score(batch), "label": batch["label"], "group": batch["group"]}
+        self._seen.append({k: v[known].detach().cpu().numpy() for k, v in values.items()})
+
+    def _scores(self) -> dict[str, float]:
+        score, label, group = (
+            np.concatenate([s[k] for s in self._seen]) for k in ("score", "label", "group")
+        )
+        self._seen.clear()
+        rmse = float(np.sqrt(np.mean((score - label) ** 2)))
+        return {**ranking(score, label, group), "rmse": rmse}
+
+    # --- use ---------------------------------------------------------------------------------
+
+    def predict_files(
+        self,
+        inputs: list[Path],
+        out: Path,
+        *,
+        receptor: Path,
+        ligand: Path | None = None,
+        centre: tuple[float, float, float] | None = None,
+        size: tuple[float, float, float] = (20.0, 20.0, 20.0),
+        residues: list[str] | None = None,
+        max_residues: int = 24,
+        poses: int = 1,
+        steps: int = 20,
+        seed: int = 0,
+    ) -> list[Path]:
+        """Pose molecules in a receptor's pocket: one SDF for each file, best pose first.
+
+        Args:
+            inputs: .sdf, .mol2, .smi, .csv or .parquet, also .gz.
+            out: Folder for the SDF files, with tags score, pK_pred, confidence, rank, seed.
+            receptor: .pdb, .cif or .pdbqt, also .gz.
+            ligand: File of a reference ligand in the site …
+            centre: … or the centre of a box, Å …
+            size: … and its size …
+            residues: … or the site's residues, A:123.
+            max_residues: The pocket is cut to these nearest to its centre; as in training.
+            poses: Poses of each molecule.
+            steps: Of the sampler.
+            seed: Same seed, same file.
+
+        Returns:
+            The files written.
+        """
+        from cohobate.docking.aurobind.predict import Site, predict_poses
+
+        site = Site(receptor, ligand, centre, size, residues, max_residues)
+        return predict_poses(self, inputs, out, site, poses, steps, seed)

@@ -1,0 +1,277 @@
+"""The compact structure model: trunk, pose diffusion, and the heads on them.
+
+Tokens are the pocket's residues followed by the ligand's atoms. The receptor is rigid and its frame
+is the origin; only ligand atoms move.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cohobate.docking.aurobind.diffusion import Noise
+from cohobate.docking.aurobind.heads import (
+    ConfidenceHead,
+    DistogramHead,
+    FitnessHead,
+    PairRows,
+)
+from cohobate.docking.aurobind.pairformer import PairformerStack
+from cohobate.docking.data.features import ELEMENTS, TOPOLOGY, Batch
+
+Symmetry = Literal["augment", "e3"]
+RADIAL = 24
+
+
+def radial(distance: Tensor) -> Tensor:
+    """24 Gaussians of distances (...,), centres 0 to 16 Å, width 0.7 Å: (..., 24)."""
+    centres = torch.linspace(0, 16, RADIAL, device=distance.device, dtype=distance.dtype)
+    return (-((distance[..., None] - centres) / 0.7).square() / 2).exp()
+
+
+class Embedding(NamedTuple):
+    """What the trunk knows of a batch, without any position of the ligand.
+
+    Attributes:
+        s: Tokens (B, N, C_s).
+        z: Pairs (B, N, N, C_z).
+        mask: Which tokens there are (B, N).
+        ligand: Which tokens are ligand atoms (B, N).
+    """
+
+    s: Tensor
+    z: Tensor
+    mask: Tensor
+    ligand: Tensor
+
+    def pooled(self) -> Tensor:
+        """Mean token of the ligand and of the pocket (B, 2 C_s): the teacher's hidden state."""
+        both = self.mask * self.ligand, self.mask * (1 - self.ligand)
+        parts = [
+            (self.s * kept[..., None]).sum(1) / kept.sum(1, keepdim=True).clamp(min=1)
+            for kept in both
+        ]
+        return torch.cat(parts, -1)
+
+    def repeat(self, count: int) -> Embedding:
+        """Every complex ``count`` times in a row."""
+        return Embedding(*(x.repeat_interleave(count, 0) for x in self))
+
+
+class CompactTrunk(nn.Module):
+    """Tokens and pairs of a complex from types, bonds, and the distances inside the pocket.
+
+    Args:
+        single: Channels of the tokens.
+        pair: Channels of the pairs.
+        blocks: Pairformer blocks.
+    """
+
+    def __init__(self, single: int = 64, pair: int = 32, blocks: int = 2) -> None:
+        super().__init__()
+        self.residue, self.element = nn.Embedding(21, single), nn.Embedding(ELEMENTS, single)
+        self.flags = nn.Linear(5, single)
+        self.left, self.right = nn.Linear(single, pair), nn.Linear(single, pair)
+        self.near = nn.Linear(2 * RADIAL, pair)
+        self.bond, self.topology = nn.Embedding(5, pair), nn.Embedding(TOPOLOGY + 1, pair)
+        self.stack = PairformerStack(blocks, single, pair)
+
+    def forward(self, batch: Batch) -> Embedding:
+        """The trunk's answer to a batch of `cohobate.docking.data.features.collate`."""
+        protein, atoms = batch["residue_mask"], batch["atom_mask"]
+        s = torch.cat(
+            (
+                self.residue(batch["residue"]),
+                self.element(batch["element"]) + self.flags(batch["flags"]),
+            ),
+            1,
+        )
+        mask = torch.cat((protein, atoms), 1)
+        ligand = torch.cat((torch.zeros_like(protein), atoms), 1)
+        z = self.left(s)[:, :, None] + self.right(s)[:, None, :]
+        count = protein.shape[1]
+        distances = [
+            torch.cdist(batch["ca"], batch["ca"]), torch.cdist(batch["side"], batch["side"])
+        ]  # fmt: skip
+        inside = self.near(torch.cat([radial(d) for d in distances], -1))
+        bonds = self.bond(batch["bond"]) + self.topology(batch["topology"])
+        size = mask.shape[1] - count
+        z = z + F.pad(inside, (0, 0, 0, size, 0, size)) + F.pad(bonds, (0, 0, count, 0, count, 0))
+        s, z = self.stack(s, z, mask)
+        return Embedding(s, z, mask, ligand)
+
+
+class _Block(nn.Module):
+    """Attention with a bias from pairs and distances, then a network; scaled by the noise level."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm, self.norm2 = (nn.LayerNorm(width, elementwise_affine=False) for _ in range(2))
+        self.scale = nn.Linear(width, 4 * width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(2 * width, width)
+
+    def forward(self, h: Tensor, bias: Tensor, level: Tensor) -> Tensor:
+        gain, shift, gain2, shift2 = self.scale(level)[:, None].chunk(4, -1)
+        x = self.norm(h) * (1 + gain) + shift
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        h = h + self.out(found.transpose(1, 2).flatten(-2))
+        x = self.norm2(h) * (1 + gain2) + shift2
+        gate, value = self.up(x).chunk(2, -1)
+        return h + self.down(F.silu(gate) * value)
+
+
+class PoseDiffusion(nn.Module):
+    """Denoises ligand atoms in a rigid pocket.
+
+    Args:
+        single: Channels of the trunk's tokens.
+        pair: Channels of the trunk's pairs.
+        width: Channels inside.
+        blocks: Attention blocks.
+        heads: Attention heads.
+        noise: Noise levels.
+        symmetry: ``augment``: coordinates go in and come out as numbers, and training turns every
+            complex at random; ``e3``: only distances go in, and the output is a sum of difference
+            vectors, so that rotations and reflections of the complex carry over exactly.
+    """
+
+    def __init__(
+        self,
+        single: int,
+        pair: int,
+        width: int,
+        blocks: int,
+        heads: int,
+        noise: Noise,
+        symmetry: Symmetry,
+    ) -> None:
+        super().__init__()
+        self.noise, self.symmetry, self.heads = noise, symmetry, heads
+        self.token, self.kind = nn.Linear(single, width), nn.Embedding(2, width)
+        self.register_buffer("frequency", torch.randn(32), persistent=True)
+        self.level = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
+        self.pair_bias = nn.Sequential(nn.LayerNorm(pair), nn.Linear(pair, heads))
+        self.near = nn.Linear(2 * RADIAL, heads)
+        self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(blocks))
+        self.norm = nn.LayerNorm(width)
+        if symmetry == "augment":
+            self.place, self.move = nn.Linear(3, width), nn.Linear(width, 3)
+        else:
+            self.pull_pair, self.pull_near = nn.Linear(pair, 2), nn.Linear(2 * RADIAL, 2)
+            self.pull_q, self.pull_k = nn.Linear(width, 2 * width), nn.Linear(width, 2 * width)
+            self.own = nn.Linear(width, 1)
+
+    def forward(self, x: Tensor, t: Tensor, known: Embedding, ca: Tensor, side: Tensor) -> Tensor:
+        """Denoised ligand coordinates (B, A, 3).
+
+        Args:
+            x: Noisy coordinates (B, A, 3) in the pocket frame, Å.
+            t: Noise levels (B, 1, 1), Å.
+            known: The trunk's answer.
+            ca: Cα positions (B, P, 3), Å.
+            side: Centroids of side chains (B, P, 3), Å.
+        """
+        count = ca.shape[1]
+        scaled = self.noise.scale_in(x, t)
+        # Distances are seen after preconditioning's shrinking toward the data, so that far noise
+        # still lies within the radial functions.
+        seen = scaled * self.noise.sigma_data
+        points, others = torch.cat((ca, seen), 1), torch.cat((side, seen), 1)
+        near = torch.cat((radial(_far(points, points)), radial(_far(points, others))), -1)
+        angle = 2 * torch.pi * (t.flatten(1) / self.noise.sigma_data).log() / 4 * self.frequency
+        level = self.level(torch.cat((angle.sin(), angle.cos()), -1))
+        h = self.token(known.s) + self.kind(known.ligand.long()) + level[:, None]
+        if self.symmetry == "augment":
+            own = torch.cat((ca / self.noise.sigma_data, scaled), 1)
+            h = h + self.place(own)
+        closed = (known.mask[:, None, None, :] - 1) * 1e9
+        bias = (self.pair_bias(known.z) + self.near(near)).permute(0, 3, 1, 2) + closed
+        for block in self.blocks:
+            h = block(h, bias, level)
+        h = self.norm(h)
+        update = (
+            self.move(h[:, count:])
+            if self.symmetry == "augment"
+            else self._pull(h, known, near, points, others, count)
+        )
+        return self.noise.combine(x, update, t)
+
+    def _pull(
+        self, h: Tensor, known: Embedding, near: Tensor, points: Tensor, others: Tensor, count: int
+    ) -> Tensor:
+        """Sum of vectors to all other points, each with an invariant weight."""
+        q = self.pull_q(h[:, count:]).unflatten(-1, (2, -1)).transpose(1, 2)
+        k = self.pull_k(h).unflatten(-1, (2, -1)).transpose(1, 2)
+        weight = q @ k.mT / q.shape[-1] ** 0.5
+        weight = weight + (self.pull_pair(known.z) + self.pull_near(near))[:, count:].permute(
+            0, 3, 1, 2
+        )
+        weight = weight * known.mask[:, None, None, :]
+        x = points[:, count:]
+        total = self.own(h[:, count:]) * x / self.noise.sigma_data
+        number = known.mask.sum(1)[:, None, None]
+        for channel, place in enumerate((points, others)):
+            vector = x[:, :, None] - place[:, None]
+            unit = vector / ((vector.square().sum(-1, keepdim=True) + 1e-8).sqrt() + 1)
+            total = total + (weight[:, channel, :, :, None] * unit).sum(2) / number.sqrt()
+        return total
+
+
+class StructureModel(nn.Module):
+    """Trunk, pose diffusion, and the distogram, confidence and fitness heads.
+
+    Args:
+        single: Channels of the tokens.
+        pair: Channels of the pairs.
+        trunk_blocks: Pairformer blocks of the trunk.
+        width: Channels of the diffusion network.
+        diffusion_blocks: Its blocks.
+        heads: Its attention heads.
+        fitness_blocks: Pairformer blocks of the fitness head.
+        fitness_hidden: Units of its networks.
+        confidence_blocks: Pairformer blocks of the confidence head.
+        pair_rows: As for `FitnessHead`.
+        symmetry: As for `PoseDiffusion`.
+        noise: Noise levels.
+    """
+
+    def __init__(
+        self,
+        single: int,
+        pair: int,
+        trunk_blocks: int,
+        width: int,
+        diffusion_blocks: int,
+        heads: int,
+        fitness_blocks: int,
+        fitness_hidden: int,
+        confidence_blocks: int,
+        pair_rows: PairRows,
+        symmetry: Symmetry,
+        noise: Noise,
+    ) -> None:
+        super().__init__()
+        self.trunk = CompactTrunk(single, pair, trunk_blocks)
+        self.diffusion = PoseDiffusion(
+            single, pair, width, diffusion_blocks, heads, noise, symmetry
+        )
+        self.distogram = DistogramHead(pair)
+        self.confidence = ConfidenceHead(single, pair, confidence_blocks, distances=RADIAL)
+        self.fitness = FitnessHead(
+            single, pair, fitness_blocks, hidden=fitness_hidden, pair_rows=pair_rows
+        )
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Fitness (B,) of a batch."""
+        known = self.trunk(batch)
+        return self.fitness(*known)
+
+
+def _far(a: Tensor, b: Tensor) -> Tensor:
+    return ((a[:, :, None] - b[:, None]).square().sum(-1) + 1e-8).sqrt()

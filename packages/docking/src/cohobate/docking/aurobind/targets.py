@@ -1,0 +1,95 @@
+"""What the student learns from: the teacher's answers and the nearest centroids' embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cohobate.core.errors import InputError
+from cohobate.core.io import load_weights, save_atomic
+from cohobate.docking.aurobind.teachers import Teacher
+from cohobate.docking.data.features import centroids
+from cohobate.docking.data.sources import by_target
+
+
+@dataclass(frozen=True)
+class Answers:
+    """For every complex of the data.
+
+    Attributes:
+        fitness: The teacher's, pK (n,).
+        hidden: The teacher's pooled trunk tokens (n, H).
+        prior: Those of the complex of the nearest centroid with the same target (n, H).
+    """
+
+    fitness: Tensor
+    hidden: Tensor
+    prior: Tensor
+
+
+@torch.no_grad()
+def answers_of(teacher: Teacher, data: Any, count: int, path: Path, width: int) -> Answers:
+    """Ask the teacher about every complex once; afterwards read the file.
+
+    Args:
+        teacher: Whom.
+        data: The data module.
+        count: Centroids of each target.
+        path: Where the answers are kept.
+        width: Length of the hidden states that the student expects.
+
+    Raises:
+        InputError: The teacher's have another.
+    """
+    if not path.exists():
+        places = range(len(data.data))
+        fitness, states = teacher.answers(data, places)
+        prior = states[nearest(data, count)]
+        found = {"fitness": fitness, "hidden": states, "prior": prior}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with save_atomic(path) as temporary:
+            save_file(found, temporary)
+    answers = Answers(**load_weights(path))
+    if answers.hidden.shape[1] != width:
+        raise InputError(
+            f"the teacher's hidden states have {answers.hidden.shape[1]} numbers, the student "
+            f"expects {width}: --model.single {answers.hidden.shape[1] // 2}"
+        )
+    return answers
+
+
+def nearest(data: Any, count: int) -> Tensor:
+    """Place of each complex's nearest centroid (n,) by Tanimoto, inside its target.
+
+    Centroids are chosen among the training molecules and those without label.
+    """
+    complexes = data.data.complexes
+    open_to = {*data.parts["train"], *data.extra}
+    found = torch.zeros(len(complexes), dtype=torch.long)
+    for places in by_target(complexes).values():
+        own = [i for i in places if i in open_to] or places
+        chosen = [own[i] for i in centroids([complexes[i].molecule for i in own], count)]
+        bits = torch.stack([data.data[i]["bits"] for i in places])
+        found[places] = torch.tensor(chosen)[tanimoto(bits, bits_of(data, chosen)).argmax(1)]
+    return found
+
+
+def bits_of(data: Any, places: list[int]) -> Tensor:
+    """Fingerprints (n, bits) of complexes."""
+    return torch.stack([data.data[i]["bits"] for i in places])
+
+
+def tanimoto(a: Tensor, b: Tensor) -> Tensor:
+    """Similarity (n, m) of fingerprints (n, bits) and (m, bits).
+
+    Example:
+        >>> tanimoto(torch.tensor([[1.0, 1, 0]]), torch.tensor([[1.0, 0, 0]])).item()
+        0.5
+    """
+    both = a @ b.T
+    return both / (a.sum(1)[:, None] + b.sum(1) - both).clamp(min=1)

@@ -1,0 +1,189 @@
+"""Receptors from PDB, mmCIF and PDBQT, and the pocket in them."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import gemmi
+import numpy as np
+
+from cohobate.core.errors import InputError
+
+RESIDUES = (
+    "ALA", "ARG", "ASN", "ASP", "CYS", "GLN", "GLU", "GLY", "HIS", "ILE",
+    "LEU", "LYS", "MET", "PHE", "PRO", "SER", "THR", "TRP", "TYR", "VAL",  # codespell:ignore ser
+)  # fmt: skip
+"""Types of residues by index; what is none of them has index 20."""
+
+_BACKBONE = {"N", "CA", "C", "O", "OXT"}
+_AUTODOCK = {"A": "C", "OA": "O", "OS": "O", "NA": "N", "NS": "N", "SA": "S", "HD": "H", "HS": "H"}
+
+
+@dataclass(frozen=True)
+class Pocket:
+    """Residues around a binding site, in the receptor's own frame.
+
+    Attributes:
+        types: Index in `RESIDUES`, 20 for another (P,).
+        ca: Cα positions (P, 3), Å.
+        side: Centroids of the side chains' heavy atoms, Cα where there are none (P, 3), Å.
+        names: ``chain:number+insertion code`` of each residue.
+    """
+
+    types: np.ndarray
+    ca: np.ndarray
+    side: np.ndarray
+    names: tuple[str, ...]
+
+    @property
+    def centre(self) -> np.ndarray:
+        """Mean of the Cα positions (3,): the origin of the pocket frame."""
+        return self.ca.mean(0)
+
+    def nearest(self, point: np.ndarray, count: int) -> Pocket:
+        """The ``count`` residues whose side chains are nearest to a point, in their order."""
+        if len(self.types) <= count:
+            return self
+        near = np.sort(np.linalg.norm(self.side - point, axis=1).argsort(kind="stable")[:count])
+        names = tuple(self.names[i] for i in near)
+        return Pocket(self.types[near], self.ca[near], self.side[near], names)
+
+
+def read_receptor(path: Path) -> gemmi.Structure:
+    """Read a receptor: ``.pdb``, ``.cif``, ``.mmcif``, ``.pdbqt``, each also ``.gz``.
+
+    Waters, hydrogens and alternative positions are left out.
+
+    Raises:
+        InputError: The file is missing, damaged, of another kind, or has no protein.
+    """
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    try:
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
+        if suffix in (".pdb", ".ent"):
+            structure = gemmi.read_pdb_string(text)
+        elif suffix in (".cif", ".mmcif"):
+            structure = gemmi.make_structure_from_block(gemmi.cif.read_string(text).sole_block())
+        elif suffix == ".pdbqt":
+            structure = gemmi.read_pdb_string(_as_pdb(text))
+        else:
+            raise InputError(f"{path}: a receptor is .pdb, .cif or .pdbqt (or that with .gz)")
+    except (OSError, EOFError) as error:
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: {' '.join(str(error).split())}") from None
+    structure.setup_entities()
+    structure.remove_waters()
+    structure.remove_hydrogens()
+    structure.remove_alternative_conformations()
+    structure.remove_empty_chains()
+    if len(structure) == 0 or not any(_protein(r) for chain in structure[0] for r in chain):
+        raise InputError(f"{path}: no amino acid with a Cα atom")
+    return structure
+
+
+def find_pocket(
+    structure: gemmi.Structure,
+    *,
+    ligand: np.ndarray | None = None,
+    cutoff: float = 8.0,
+    box: tuple[Sequence[float], Sequence[float]] | None = None,
+    residues: Sequence[str] | None = None,
+    source: str = "receptor",
+) -> Pocket:
+    """The residues of a pocket; exactly one of ``ligand``, ``box`` and ``residues`` is given.
+
+    Args:
+        structure: From `read_receptor`.
+        ligand: Positions of a reference ligand (A, 3), Å.
+        cutoff: Residues with a heavy atom this near to the ligand, Å.
+        box: Centre and size, Å: residues with a heavy atom inside.
+        residues: ``A:123`` or ``123``, with insertion code ``A:123B``.
+        source: Name for messages.
+
+    Raises:
+        InputError: The pocket has no residue, or a named one does not exist.
+    """
+    if sum(x is not None for x in (ligand, box, residues)) != 1:
+        raise InputError(f"{source}: give the pocket by a ligand, a box, or residues")
+    found: list[gemmi.Residue] = []
+    names: list[str] = []
+    wanted = None if residues is None else {str(name).strip() for name in residues}
+    for chain in structure[0]:
+        for residue in chain:
+            if not _protein(residue):
+                continue
+            full = f"{chain.name}:{residue.seqid}".replace(" ", "")
+            if wanted is not None:
+                inside = bool({full, str(residue.seqid).strip()} & wanted)
+                wanted -= {full}
+            else:
+                inside = _near(_positions(residue), ligand, cutoff, box)
+            if inside:
+                found.append(residue)
+                names.append(full)
+    missing = sorted(w for w in wanted or () if not any(n.endswith(f":{w}") for n in names))
+    if missing:
+        raise InputError(f"{source}: no residue {missing[0]}")
+    if not found:
+        raise InputError(f"{source}: the pocket has no residue; is the ligand in its frame?")
+    ca = np.array([r["CA"][0].pos.tolist() for r in found])
+    side = np.array([_side(r) for r in found])
+    types = np.array([RESIDUES.index(r.name) if r.name in RESIDUES else 20 for r in found])
+    return Pocket(types, ca, side, tuple(names))
+
+
+def crop(structure: gemmi.Structure, pocket: Pocket) -> str:
+    """The pocket's residues as PDB text, for files people look at."""
+    small = structure.clone()
+    keep = set(pocket.names)
+    for chain in small[0]:
+        for number in reversed(range(len(chain))):
+            if f"{chain.name}:{chain[number].seqid}".replace(" ", "") not in keep:
+                del chain[number]
+    small.remove_empty_chains()
+    return small.make_pdb_string(gemmi.PdbWriteOptions(minimal=True))
+
+
+def _protein(residue: gemmi.Residue) -> bool:
+    return "CA" in residue and residue["CA"][0].element.name == "C" and "N" in residue
+
+
+def _positions(residue: gemmi.Residue) -> np.ndarray:
+    return np.array([atom.pos.tolist() for atom in residue])
+
+
+def _side(residue: gemmi.Residue) -> np.ndarray:
+    own = [atom.pos.tolist() for atom in residue if atom.name not in _BACKBONE]
+    return np.mean(own, 0) if own else np.array(residue["CA"][0].pos.tolist())
+
+
+def _near(
+    atoms: np.ndarray,
+    ligand: np.ndarray | None,
+    cutoff: float,
+    box: tuple[Sequence[float], Sequence[float]] | None,
+) -> bool:
+    if ligand is not None:
+        return bool((np.linalg.norm(atoms[:, None] - ligand, axis=-1) <= cutoff).any())
+    assert box is not None
+    return bool((np.abs(atoms - np.asarray(box[0])) <= np.asarray(box[1]) / 2).all(-1).any())
+
+
+def _as_pdb(text: str) -> str:
+    """PDBQT with elements where PDB has them: AutoDock's atom types stand in their place."""
+    lines = []
+    for line in text.splitlines():
+        if line.startswith(("ATOM", "HETATM")):
+            kind = line[77:79].strip()
+            element = _AUTODOCK.get(kind, kind)
+            lines.append(f"{line[:66]:<76}{element.upper():>2}")
+        elif line.startswith(("TER", "END", "MODEL")):
+            lines.append(line)
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,142 @@
+"""Where complexes come from: embedded, the FEP benchmark's layout, PDBbind-style folders."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import importlib.resources
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from rdkit import Chem
+
+from cohobate.core.errors import InputError
+from cohobate.docking.data.features import Complex
+from cohobate.docking.data.molecules import Problems, Record, read
+from cohobate.docking.data.receptors import Pocket, find_pocket, read_receptor
+
+KCAL_PER_PK = 1.3643
+"""kcal/mol of binding free energy for one unit of pK at 298 K: RT ln 10."""
+
+
+def embedded_folder() -> Path:
+    """Poses and pockets in the wheel, written by ``cohobate-docking prepare``."""
+    return Path(str(importlib.resources.files("cohobate.docking.data") / "embedded"))
+
+
+def load(root: Path | None, problems: Problems) -> list[Complex]:
+    """All complexes of a folder; its layout is recognised.
+
+    Args:
+        root: ``index.csv.gz`` and ``systems/`` (FEP benchmark); ``<target>.poses.sdf.gz`` (as
+            ``prepare`` writes); or a folder of ``<id>/<id>_protein.pdb`` with
+            ``<id>/<id>_ligand.sdf`` or ``.mol2`` and an ``affinities.csv`` with columns ``id`` and
+            ``pK`` (PDBbind-style). ``None`` is the embedded set.
+        problems: Gets what could not be read.
+
+    Raises:
+        InputError: The folder has none of these layouts.
+    """
+    folder = embedded_folder() if root is None else Path(root)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    if (folder / "index.csv.gz").exists():
+        found = list(_fep(folder, problems))
+    elif list(folder.glob("*.poses.sdf.gz")):
+        found = list(_prepared(folder, problems))
+    elif list(folder.glob("*/*_protein.pdb*")):
+        found = list(_pdbbind(folder, problems))
+    else:
+        raise InputError(
+            f"{folder}: no complexes (index.csv.gz with systems/, *.poses.sdf.gz, or "
+            "<id>/<id>_protein.pdb with <id>/<id>_ligand.sdf)"
+        )
+    if not found:
+        raise InputError(f"{folder}: no complex could be read")
+    return found
+
+
+def _prepared(folder: Path, problems: Problems) -> Iterator[Complex]:
+    """What ``prepare`` wrote; the label is the Vina score in units of pK."""
+    for path in sorted(folder.glob("*.poses.sdf.gz")):
+        target = path.name.removesuffix(".poses.sdf.gz")
+        records = list(read(path, problems))
+        if not records:
+            continue
+        pocket = _around(folder / f"{target}.pocket.pdb.gz", records)
+        for record in records:
+            score = float(record.row["vina_kcal_mol"])
+            yield Complex(target, record.name, _plain(record), pocket, -score / KCAL_PER_PK)
+
+
+def _fep(folder: Path, problems: Problems) -> Iterator[Complex]:
+    """The public FEP benchmark as converted: measured ΔG, modelled poses; target = protein."""
+    labels: dict[str, tuple[str, float]] = {}
+    with gzip.open(folder / "index.csv.gz", "rt") as file:
+        for row in csv.DictReader(file):
+            known = row["pK"] and row["relative_only"].lower() in ("", "0", "false")
+            label = float(row["pK"]) if known else float("nan")
+            labels[f"{row['system']}:{row['index']}"] = (row["protein"], label)
+    for path in sorted((folder / "systems").glob("*.ligands.sdf.gz")):
+        system = path.name.removesuffix(".ligands.sdf.gz")
+        records = list(read(path, problems))
+        if not records:
+            continue
+        pocket = _around(path.with_name(f"{system}.pocket.pdb.gz"), records)
+        for record in records:
+            if record.name not in labels:
+                problems.add(path, record.place, f"{record.name} is not in index.csv.gz")
+                continue
+            protein, label = labels[record.name]
+            yield Complex(protein, record.name, _plain(record), pocket, label)
+
+
+def _pdbbind(folder: Path, problems: Problems) -> Iterator[Complex]:
+    labels = _affinities(folder / "affinities.csv")
+    for protein in sorted(folder.glob("*/*_protein.pdb*")):
+        name = protein.parent.name
+        ligands = [
+            p for s in ("sdf", "mol2") if (p := protein.with_name(f"{name}_ligand.{s}")).exists()
+        ]
+        if not ligands:
+            problems.add(protein, "folder", f"no {name}_ligand.sdf or .mol2")
+            continue
+        record = next((r for path in ligands for r in read(path, problems)), None)
+        if record is None:
+            continue
+        try:
+            pocket = _around(protein, [record])
+        except InputError as error:
+            problems.add(protein, "pocket", str(error))
+            continue
+        yield Complex(name, name, _plain(record), pocket, labels.get(name, float("nan")))
+
+
+def _affinities(path: Path) -> dict[str, float]:
+    if not path.exists():
+        return {}
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    try:
+        return {row["id"]: float(row["pK"]) for row in rows}
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path}: needs columns id and pK with numbers: {error}") from None
+
+
+def by_target(complexes: list[Complex]) -> dict[str, list[int]]:
+    """Places of each target's complexes, targets sorted."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for place, one in enumerate(complexes):
+        found[one.target].append(place)
+    return dict(sorted(found.items()))
+
+
+def _around(path: Path, records: list[Record]) -> Pocket:
+    atoms = np.concatenate([r.molecule.GetConformer().GetPositions() for r in records])
+    return find_pocket(read_receptor(path), ligand=atoms, cutoff=8.0, source=str(path))
+
+
+def _plain(record: Record) -> Chem.Mol:
+    return Chem.RemoveHs(record.molecule)

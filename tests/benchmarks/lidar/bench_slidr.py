@@ -1,0 +1,185 @@
+"""What SLidR costs: a pre-training step, reading a frame, pooling over superpixels.
+
+    python tests/benchmarks/lidar/bench_slidr.py [--out docs/results/bench-slidr.json]
+
+Scenes are the SYNTHETIC ones of the default recipe. Forms that are compared take turns in one
+process; seconds are those the process got, so that other work on the machine counts little.
+Medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cohobate.core.testing import build
+from cohobate.lidar.data import ImageCloudData
+from cohobate.lidar.data.sets import read_scene
+from cohobate.lidar.slidr import Pretrain
+from cohobate.lidar.slidr.losses import EPS, pool
+
+ROOT = Path(__file__).parents[3]
+
+
+def main() -> None:
+    """Measure and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/results/bench-slidr.json")
+    parser.add_argument("--repeat", type=int, default=7)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    recipe = build("lidar/slidr/pretrain", "--data.simulator.train=8", "--data.simulator.val=1")
+    model, data = recipe.model, recipe.datamodule
+    assert isinstance(model, Pretrain)
+    assert isinstance(data, ImageCloudData)
+    data.prepare_data()
+    data.setup("fit")
+    rows = [
+        step_row(model, data, asked.repeat),
+        read_row(data, asked.repeat),
+        *(pool_row(size, asked.repeat) for size in ((64, 112), (224, 416))),
+    ]
+    content = {
+        "command": f"python tests/benchmarks/lidar/bench_slidr.py --repeat {asked.repeat}",
+        "machine": f"{platform.machine()}, 1 thread, process seconds",
+        "versions": {name: version(name) for name in ("torch", "cohobate-lidar")},
+        "rows": rows,
+    }
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    asked.out.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    for row in rows:
+        print(row)
+
+
+def step_row(model: Pretrain, data: ImageCloudData, repeat: int) -> dict[str, Any]:
+    """Forward, loss, backward and optimiser step of the default recipe."""
+    batch = next(iter(data.train_dataloader()))
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.5)
+
+    def run() -> None:
+        optimizer.zero_grad()
+        model.training_step(batch, 0).backward()
+        optimizer.step()
+
+    seconds = in_turn({"step": run}, repeat, "step")["step"]
+    images, _, height, width = batch["images"].shape
+    return {
+        "what": f"pre-training step, U-Net 16-32-64, {data.batch_size} clouds, "
+        f"{images} images of {height}×{width}",
+        "seconds": f"{seconds:.3f}",
+        "ratio": "",
+        "note": f"{len(batch['inputs'][0]):,} voxels, {len(batch['pairing_points']):,} pairs",
+    }
+
+
+def read_row(data: ImageCloudData, repeat: int) -> dict[str, Any]:
+    """Points, six images, superpixels and pairs of a frame."""
+    assert data.superpixel_root is not None
+    frames = data.read_frames("train", 1, cameras=True)
+    read = partial(read_scene, source=data.superpixels, superpixel_root=data.superpixel_root)
+
+    def run() -> None:
+        for frame in frames:
+            read(frame)
+
+    seconds = in_turn({"read": run}, repeat, "reading")["read"] / len(frames)
+    height, width = frames[0].cameras[0].size
+    points, pairs = (len(x) for x in (read(frames[0]).points, read(frames[0]).pairing.points))
+    return {
+        "what": f"read and pair a frame, six images of {height}×{width}",
+        "seconds": f"{seconds:.4f}",
+        "ratio": "",
+        "note": f"{points:,} points, {pairs:,} pairs",
+    }
+
+
+def pool_row(size: tuple[int, int], repeat: int, images: int = 24) -> dict[str, Any]:
+    """Superpoint and superpixel features with gradients, against products of sparse matrices."""
+    arguments = regions(size, images)
+    leaves = arguments[:2]
+    runs = {
+        "ours": lambda: gradients(pool(*arguments), leaves),
+        "products": lambda: gradients(products(*arguments), leaves),
+    }
+    for one, other in zip(*(run() for run in runs.values()), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    seconds = in_turn(runs, repeat, "pooling")
+    return {
+        "what": f"superpixel pooling and gradients, {images} images of {size[0]}×{size[1]}, D = 64",
+        "seconds": f"ours {seconds['ours']:.3f}, sparse products {seconds['products']:.3f}",
+        "ratio": round(seconds["ours"] / seconds["products"], 4),
+        "note": "the same values and gradients",
+    }
+
+
+def regions(size: tuple[int, int], images: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Arguments of `pool`: unit features, pairs, and squares for superpixels."""
+    rng = torch.Generator().manual_seed(0)
+    height, width = size
+    points = torch.randn(30_000, 64, generator=rng).requires_grad_()
+    pixels = torch.randn(images, 64, height, width, generator=rng)
+    pixels = pixels.contiguous(memory_format=torch.channels_last).requires_grad_()  # as the head
+    pairs = 1500 * images
+    row, column = torch.arange(height) * 10 // height, torch.arange(width) * 15 // width
+    labels = (row[:, None] * 15 + column).expand(images, -1, -1)
+    places = [torch.randint(n, (pairs,), generator=rng) for n in (images, height, width)]
+    chosen = torch.randint(len(points), (pairs,), generator=rng)
+    return points, pixels, chosen, torch.stack(places, 1), labels
+
+
+def products(
+    points: Tensor, pixels: Tensor, chosen: Tensor, places: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """F and G as the paper writes them: one-hot matrices of regions times features."""
+    images = len(pixels)
+    numbers = labels + torch.arange(images)[:, None, None] * (int(labels.max()) + 1)
+    count = images * (int(labels.max()) + 1)
+    of_pairs = one_hot(numbers[tuple(places.T)], count)
+    of_pixels = one_hot(numbers.flatten(), count)
+    pooled = of_pairs @ points[chosen] / (of_pairs.sum(1).to_dense()[:, None] + EPS)
+    flat = pixels.permute(0, 2, 3, 1).flatten(0, 2)
+    means = of_pixels @ flat / (of_pixels.sum(1).to_dense()[:, None] + EPS)
+    held = of_pairs.sum(1).to_dense() > 0
+    return pooled[held], means[held]
+
+
+def one_hot(index: Tensor, count: int) -> Tensor:
+    """A sparse matrix (count, N) with a one in each column."""
+    places = torch.stack([index, torch.arange(len(index))])
+    size = count, len(index)
+    return torch.sparse_coo_tensor(places, torch.ones(size[1]), size, check_invariants=False)
+
+
+def gradients(outputs: tuple[Tensor, Tensor], leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Outputs and the gradients of the sum of their squares."""
+    total = sum((x.square().sum() for x in outputs), torch.zeros(()))
+    return (*(x.detach() for x in outputs), *torch.autograd.grad(total, leaves))
+
+
+def in_turn(runs: dict[str, Callable[[], Any]], repeat: int, title: str) -> dict[str, float]:
+    """Median process seconds of each, one warm-up, all taking turns."""
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in tqdm(range(repeat + 1), desc=title):
+        for name, run in runs.items():
+            start = time.process_time()
+            run()
+            if turn:
+                found[name].append(time.process_time() - start)
+    return {name: statistics.median(seconds) for name, seconds in found.items()}
+
+
+if __name__ == "__main__":
+    main()

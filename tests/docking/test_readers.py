@@ -1,0 +1,219 @@
+"""Receptors, ligands and libraries, good and bad."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rdkit import Chem
+
+from cohobate.core.errors import InputError
+from cohobate.docking.data.molecules import Problems, largest_fragment, read, rows
+from cohobate.docking.data.receptors import crop, find_pocket, read_receptor
+from cohobate.docking.data.sources import embedded_folder, load
+from cohobate.docking.vina import Box
+
+MESSY = """\
+CC(=O)Oc1ccccc1C(=O)O aspirin
+C1CC1( unclosed
+
+C(C)(C)(C)(C)C five
+[Na+].CC(=O)[O-] salt
+C[C@H](N)C(=O)O l-ala
+"""
+
+
+def names(path: Path) -> tuple[list[str], list[str]]:
+    problems = Problems()
+    return [r.name for r in read(path, problems)], problems.lines()
+
+
+def test_a_messy_list_is_read_and_what_is_bad_is_listed(tmp_path):
+    path = tmp_path / "messy.smi"
+    path.write_text(MESSY)
+    found, bad = names(path)
+    assert found == ["aspirin", "salt", "l-ala"]
+    assert bad[0].startswith("messy.smi: line 2: not SMILES")
+    assert bad[1].startswith("messy.smi: line 4: Explicit valence")
+    assert len(bad) == 2
+    salt = next(r for r in read(path, Problems()) if r.name == "salt").molecule
+    assert Chem.MolToSmiles(largest_fragment(salt)) == "CC(=O)[O-]"
+
+
+@pytest.mark.parametrize("kind", ["smi.gz", "csv", "csv.gz", "parquet", "sdf", "sdf.gz"])
+def test_every_kind_of_library(tmp_path, kind):
+    path, wanted = tmp_path / f"library.{kind}", ["CCO", "c1ccccc1"]
+    if kind == "parquet":
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        parquet.write_table(pa.table({"id": ["a", "b"], "SMILES": wanted}), path)
+    else:
+        if kind.startswith("csv"):
+            text = "id,SMILES\n" + "".join(f"{i},{s}\n" for i, s in zip("ab", wanted, strict=True))
+        elif kind.startswith("smi"):
+            text = "".join(f"{s} {i}\n" for i, s in zip("ab", wanted, strict=True))
+        else:
+            blocks = []
+            for i, s in zip("ab", wanted, strict=True):
+                molecule = Chem.MolFromSmiles(s)
+                molecule.SetProp("_Name", i)
+                blocks.append(Chem.SDWriter.GetText(molecule))
+            text = "".join(blocks)
+        if kind.endswith("gz"):
+            path.write_bytes(gzip.compress(text.encode()))
+        else:
+            path.write_text(text)
+    found = [(Chem.MolToSmiles(r.molecule), r.name) for r in read(path, Problems())]
+    assert found == list(zip(wanted, "ab", strict=True))
+    assert [row[:2] for row in rows(path, Problems())] == found
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("library.xyz", b"", "a library is"),
+        ("library.csv", b"a,b\n1,2\n", "no column smiles"),
+        ("library.smi.gz", b"not gzip", "library.smi.gz: "),
+        ("library.parquet", b"no", "library.parquet: "),
+    ],
+)
+def test_what_is_no_library_is_one_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        list(read(tmp_path / name, Problems()))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("r.txt", "", "a receptor is"),
+        ("r.pdb", "HEADER\n", "no amino acid"),
+        ("r.cif", "no cif", "r.cif: "),
+        ("r.pdb.gz", "not gzip", "r.pdb.gz: "),
+    ],
+)
+def test_what_is_no_receptor_is_one_line(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_receptor(tmp_path / name)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"nothing\.pdb: No such file"):
+        read_receptor(tmp_path / "nothing.pdb")
+    with pytest.raises(InputError, match=r"nothing\.smi: No such file"):
+        list(read(tmp_path / "nothing.smi", Problems()))
+
+
+@pytest.fixture
+def receptor():
+    return read_receptor(embedded_folder() / "CDK2.pocket.pdb.gz")
+
+
+def test_a_pocket_by_ligand_box_and_residues(receptor):
+    whole = find_pocket(receptor, box=((0, 0, 0), (1e4, 1e4, 1e4)))
+    point = whole.ca[:1] + 2.0
+    near = find_pocket(receptor, ligand=point, cutoff=5.0)
+    assert 0 < len(near.types) < len(whole.types)
+    again = find_pocket(receptor, residues=near.names)
+    assert again.names == near.names
+    np.testing.assert_array_equal(again.side, near.side)
+    assert len(whole.nearest(whole.centre, 7).types) == 7
+    assert crop(receptor, near).count(" CA ") == len(near.types)
+
+
+def test_bad_pockets(receptor):
+    with pytest.raises(InputError, match="no residue; is the ligand in its frame"):
+        find_pocket(receptor, ligand=np.full((1, 3), 9e3))
+    with pytest.raises(InputError, match="no residue A:9999"):
+        find_pocket(receptor, residues=["A:9999"])
+    with pytest.raises(InputError, match="by a ligand, a box, or residues"):
+        find_pocket(receptor)
+
+
+def test_a_glycine_has_its_side_chain_at_its_alpha_carbon(receptor):
+    whole = find_pocket(receptor, box=((0, 0, 0), (1e4, 1e4, 1e4)))
+    glycine = whole.types == 7
+    assert glycine.any()
+    np.testing.assert_array_equal(whole.side[glycine], whole.ca[glycine])
+    assert (np.linalg.norm(whole.side[~glycine] - whole.ca[~glycine], axis=1) > 0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("center_x = 1\n", "no number for"), ("", "no number for")],
+)
+def test_bad_boxes(tmp_path, text, message):
+    (tmp_path / "box.txt").write_text(text)
+    with pytest.raises(InputError, match=message):
+        Box.read(tmp_path / "box.txt")
+
+
+def test_a_folder_without_complexes_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="no complexes"):
+        load(tmp_path, Problems())
+    with pytest.raises(InputError, match="no such folder"):
+        load(tmp_path / "x", Problems())
+
+
+def test_a_pdbbind_style_folder(tmp_path):
+    source = embedded_folder()
+    target = next(source.glob("*.poses.sdf.gz")).name.split(".")[0]
+    record = next(iter(read(source / f"{target}.poses.sdf.gz", Problems())))
+    for name in ("1abc", "2abc"):
+        folder = tmp_path / name
+        folder.mkdir()
+        pocket = gzip.decompress((source / f"{target}.pocket.pdb.gz").read_bytes())
+        (folder / f"{name}_protein.pdb").write_bytes(pocket)
+    (tmp_path / "1abc" / "1abc_ligand.sdf").write_text(Chem.SDWriter.GetText(record.molecule))
+    (tmp_path / "affinities.csv").write_text("id,pK\n1abc,6.5\n")
+    problems = Problems()
+    (found,) = load(tmp_path, problems)
+    assert (found.target, found.label) == ("1abc", 6.5)
+    assert problems.lines() == ["2abc_protein.pdb: folder: no 2abc_ligand.sdf or .mol2"]
+
+
+def test_the_formats_of_real_files(real):
+    box = Box.read(real / "formats" / "1iep_receptor.box.txt")
+    assert box.centre == (15.19, 53.903, 16.917)
+    pockets = [
+        find_pocket(read_receptor(real / "formats" / name), box=(box.centre, box.size))
+        for name in ("1iep_receptor.pdbqt.gz", "1iep_receptor_noH.cif.gz")
+    ]
+    assert abs(len(pockets[0].types) - len(pockets[1].types)) <= 2
+    found, bad = names(real / "formats" / "messy_library.smi")
+    assert len(found) == 11
+    assert len(bad) == 2
+    for name in ("1iep_ligand.pdbqt", "1iep_ligand_vina_out.pdbqt"):
+        (one,) = read(real / "formats" / name, Problems())
+        assert one.molecule.GetNumHeavyAtoms() == 37
+
+
+def test_every_redocking_complex_is_read_or_reported(real):
+    folder, unread = real / "redock", []
+    for path in sorted(folder.glob("*.ligand.sdf")):
+        problems = Problems()
+        structure = read_receptor(path.with_name(path.name.replace("ligand.sdf", "protein.pdb.gz")))
+        for record in read(path, problems):
+            atoms = record.molecule.GetConformer().GetPositions()
+            pocket = find_pocket(structure, ligand=atoms, source=path.name)
+            assert len(pocket.types) > 3, path.name
+        unread += problems.lines()
+    assert len(unread) == 1
+    assert unread[0].startswith("1cbr.ligand.sdf: record 1: ")
+
+
+def test_every_pose_file_is_read_or_reported(real):
+    counted = {}
+    for path in sorted((real / "pose_checks").iterdir()):
+        if ".pdb" in path.name:
+            read_receptor(path)
+            continue
+        found, bad = names(path)
+        counted[path.name] = (len(found), len(bad))
+        assert found or bad, path.name
+    assert counted["mol_single_hydrogen.sdf"] == (0, 1)
+    assert counted["1G9V_RQ3__1G9V_RQ3_gold_redock.sdf.gz"][0] > 10
