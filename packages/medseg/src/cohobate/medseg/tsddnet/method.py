@@ -284,7 +284,7 @@ class TSDDNet(DistillModule):
         """Twelve test images with the true box and the one found, as ``lesions.png``."""
         data: UltrasoundData = self.trainer.datamodule  # type: ignore[attr-defined]
         batch = next(iter(data.whole(data.test, 12)))
-        moved = {k: v.to(self.device) for k, v in batch.items()}
+        moved: Any = {k: v.to(self.device) for k, v in batch.items()}
         box, score, logits = self.net(rgb(moved), moved["size"])
         p = logits.softmax(1)[:, 1].cpu()
         cards = []
@@ -367,8 +367,8 @@ class Classify(TSDDNet):
         super().validation_step(batch, batch_idx)
         boxed = batch["box"].isfinite().all(1)
         if boxed.any():
-            kept = {k: v[boxed] for k, v in batch.items()}  # type: ignore[index]
-            loss = F.cross_entropy(self.net.classifier(self._crops(kept)).float(), kept["label"])  # type: ignore[arg-type]
+            kept: Any = {k: v[boxed] for k, v in dict[str, Any](batch).items()}
+            loss = F.cross_entropy(self.net.classifier(self._crops(kept)).float(), kept["label"])
             self.log("val/loss", loss, batch_size=int(boxed.sum()), sync_dist=True)
 
     def configure_optimizers(self) -> Any:

@@ -95,6 +95,9 @@ class Detector(nn.Module):
         InputError: The name is unknown, the arguments do not fit, or the size is no multiple of 32.
     """
 
+    backbone: Any
+    heads: Any
+
     def __init__(
         self, name: str, args: dict[str, Any] | None, image_size: int, nms: float = 0.7
     ) -> None:
@@ -108,13 +111,13 @@ class Detector(nn.Module):
                 part.score_thresh, part.nms_thresh = 0.0, nms
                 part.detections_per_img = CANDIDATES
         self.backbone = built.backbone
-        self.channels = int(built.backbone.out_channels)  # type: ignore[arg-type]
+        self.channels = int(self.backbone.out_channels)
         built.backbone = _Given(self.channels)
         self.heads = built
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
         """Feature maps by level of images (B, 3, S, S) in [0, 1]."""
-        batch, _ = self.heads.transform(list(images))  # type: ignore[operator]
+        batch, _ = self.heads.transform(list(images))
         found = self.backbone(batch.tensors)
         return {"0": found} if isinstance(found, Tensor) else dict(found)
 
@@ -188,11 +191,11 @@ class Detector(nn.Module):
         return fitting, [k.removeprefix("heads.") for k in left]
 
     def _run(self, features: dict[str, Tensor], images: Tensor, targets: Any) -> Any:
-        self.heads.backbone.features = features  # type: ignore[union-attr, assignment]
+        self.heads.backbone.features = features
         try:
             return self.heads(list(images), targets)
         finally:
-            self.heads.backbone.features = {}  # type: ignore[union-attr, assignment]
+            self.heads.backbone.features = {}
 
 
 class Diagnosis(NamedTuple):
@@ -234,6 +237,10 @@ class Diagnoser(nn.Module):
         InputError: timm has no such classifier.
     """
 
+    classifier: Any
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         detector: Detector,
@@ -259,8 +266,8 @@ class Diagnoser(nn.Module):
             self.pool = MultiScaleRoIAlign(levels, 7, 2)
             self.branch_a = TwoMLPHead(detector.channels * 49, roi_hidden)
             self.branch_a.fc7 = nn.Linear(roi_hidden, width)
-            pooled = self.classifier.head_hidden_size  # type: ignore[union-attr]
-            self.branch_b = nn.Linear(int(pooled), width)  # type: ignore[arg-type]
+            pooled = self.classifier.head_hidden_size
+            self.branch_b = nn.Linear(int(pooled), width)
             self.out_a, self.out_b = nn.Linear(width, num_classes), nn.Linear(width, num_classes)
             self.fuse = nn.Sequential(
                 nn.Linear(2 * width, 2 * width), nn.ReLU(),
@@ -302,8 +309,8 @@ class Diagnoser(nn.Module):
         levels = {k: v for k, v in features.items() if k != "pool"}
         regions = self.pool(levels, list(boxes[:, None]), [(side, side)] * len(images))
         a = self.branch_a(regions)
-        maps = self.classifier.forward_features(crops)  # type: ignore[operator, union-attr]
-        pooled = self.classifier.forward_head(maps, pre_logits=True)  # type: ignore[operator, union-attr]
+        maps = self.classifier.forward_features(crops)
+        pooled = self.classifier.forward_head(maps, pre_logits=True)
         b = self.branch_b(pooled).relu()
         fused = self.fuse(torch.cat([a, b], 1))
         return Diagnosis(self.out(fused), (self.out_a(a), self.out_b(b)), (a, b), fused)
