@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("tables", type=Path, nargs="+")
     parser.add_argument("--molecules", type=int, default=1_000_000)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/results/bench-library.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/results/bench-aurobind-library.json")
     asked = parser.parse_args()
     asked.work.mkdir(parents=True, exist_ok=True)
     library = asked.work / "library.smi.gz"

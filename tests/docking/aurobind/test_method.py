@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rdkit import Chem
+from rdkit import Chem, RDConfig
 
 from cohobate.core.errors import InputError
 from cohobate.core.io import load_weights
@@ -23,6 +23,7 @@ from cohobate.core.testing import (
 from cohobate.docking.aurobind import AuroBind, FastStudent, Keep, structure
 from cohobate.docking.data import ComplexData, Lists
 from cohobate.docking.data.molecules import Problems, read
+from cohobate.docking.data.prepare import choose
 from cohobate.docking.data.sources import embedded_folder
 
 
@@ -217,6 +218,16 @@ def test_unlabelled_molecules_are_none_of_the_held_out_ones():
     data.setup()
     every = [Chem.MolToSmiles(c.molecule) for c in data.data.complexes]
     assert not {every[i] for i in data.extra} & set(every[: data.extra[0]])
+
+
+def test_a_choice_leaves_out_what_it_is_told():
+    path = Path(RDConfig.RDDataDir) / "NCI" / "first_5K.smi"
+    first = {Chem.MolToSmiles(m) for m in choose(path, 30, seed=1)}
+    again = {Chem.MolToSmiles(m) for m in choose(path, 30, seed=1, without=first)}
+    assert len(again) == 30
+    assert not first & again
+    with pytest.raises(InputError, match="drug-like molecules, 100000 are wanted"):
+        choose(path, 100_000, seed=1)
 
 
 def test_a_list_keeps_few_of_a_bin_and_one_target():

@@ -69,7 +69,7 @@ def screen(
 
 def retrospective(
     targets: Path,
-    checkpoint: list[Path],
+    checkpoint: list[Path] = [Path("runs/aurobind")],  # noqa: B006 (read only)
     out: Path = Path("retrospective.json"),
     exclude: str = "in_fep_set",
     max_residues: int = 24,

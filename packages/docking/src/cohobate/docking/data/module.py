@@ -243,8 +243,7 @@ class ComplexData(pl.LightningDataModule):
             return []
         path = self.unlabelled_from or Path(RDConfig.RDDataDir) / "NCI" / "first_5K.smi"
         known = held | {Chem.MolToSmiles(found[i].molecule) for i in self.parts["train"]}
-        pool = choose(path, self.unlabelled + len(known), seed=1)
-        fresh = [m for m in pool if Chem.MolToSmiles(m) not in known][: self.unlabelled]
+        fresh = choose(path, self.unlabelled, seed=1, without=known)
         pockets = {c.target: c.pocket for c in found}
         return [
             Complex(target, molecule.GetProp("_Name"), molecule, pockets[target])
