@@ -450,7 +450,7 @@ class AuroBind(DistillModule):
 
     # --- use ---------------------------------------------------------------------------------
 
-    def predict_files(
+    def predict_files(  # type: ignore[override]
         self,
         inputs: list[Path],
         out: Path,

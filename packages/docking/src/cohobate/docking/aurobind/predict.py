@@ -143,10 +143,11 @@ def _write(
 
 
 def relaxed(molecule: Chem.Mol, pose: np.ndarray, seed: int, pull: float = 20.0) -> Chem.Mol:
-    """The molecule at a pose, with the bond lengths and stereo centres that its SMILES has.
+    """The molecule at a pose, with the bond lengths and stereo that its SMILES has.
 
     A network places atoms one by one. A conformer of the right chemistry is laid on them and pulled
-    towards them by springs under MMFF94. Where no conformer can be made the atoms stay as they are.
+    towards them by springs under MMFF94, by weaker ones where they would turn a stereo centre or
+    double bond over. Where no conformer can be made the atoms stay as they are.
 
     Args:
         molecule: Without hydrogens.
@@ -161,20 +162,37 @@ def relaxed(molecule: Chem.Mol, pose: np.ndarray, seed: int, pull: float = 20.0)
     target = Chem.Mol(molecule)
     target.AddConformer(raw, assignId=True)
     try:
-        made = vina.conformer(molecule, seed)
+        start = vina.conformer(molecule, seed)
     except InputError:
         return target
-    same = [(i, i) for i in range(count)]
-    rdMolAlign.AlignMol(made, target, atomMap=same)
-    terms = rdForceFieldHelpers.MMFFGetMoleculeProperties(made)
-    if terms is not None:
-        field = rdForceFieldHelpers.MMFFGetMoleculeForceField(made, terms)
-        for i, point in enumerate(pose.tolist()):
-            spring = field.AddExtraPoint(*point, fixed=True) - 1
-            field.MMFFAddDistanceConstraint(spring, i, False, 0.0, 0.0, pull)
-        field.Initialize()
-        field.Minimize(maxIts=500)
+    rdMolAlign.AlignMol(start, target, atomMap=[(i, i) for i in range(count)])
+    wanted = _stereo(start)
+    for strength in (pull, pull / 10, 0.0):
+        made = Chem.Mol(start)
+        _pull(made, pose, strength)
+        if _stereo(made) == wanted:
+            break
     return Chem.RemoveHs(made)
+
+
+def _pull(molecule: Chem.Mol, pose: np.ndarray, strength: float) -> None:
+    """Minimise with a spring from each of the first atoms to its place; none where MMFF fails."""
+    terms = rdForceFieldHelpers.MMFFGetMoleculeProperties(molecule)
+    if terms is None or strength == 0:
+        return
+    field = rdForceFieldHelpers.MMFFGetMoleculeForceField(molecule, terms)
+    for i, point in enumerate(pose.tolist()):
+        spring = field.AddExtraPoint(*point, fixed=True) - 1
+        field.MMFFAddDistanceConstraint(spring, i, False, 0.0, 0.0, strength)
+    field.Initialize()
+    field.Minimize(maxIts=500)
+
+
+def _stereo(molecule: Chem.Mol) -> str:
+    """SMILES with the stereo of the coordinates."""
+    seen = Chem.RemoveHs(molecule)
+    Chem.AssignStereochemistryFrom3D(seen)
+    return str(Chem.MolToSmiles(seen))
 
 
 class StudentScorer:

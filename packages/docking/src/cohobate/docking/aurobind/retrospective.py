@@ -105,9 +105,9 @@ def read_cases(path: Path) -> list[Case]:
         if missing := [name for name in _COLUMNS if not row.get(name)]:
             raise InputError(f"{path}: line {number}: no {missing[0]}")
         files = {name: path.parent / row[name] for name in _COLUMNS[1:]}
-        for file in files.values():
-            if not file.exists():
-                raise InputError(f"{path}: line {number}: {file}: no such file")
+        for found in files.values():
+            if not found.exists():
+                raise InputError(f"{path}: line {number}: {found}: no such file")
         cases.append(Case(row["target"], group=row.get("group") or "", **files))
     return cases
 
