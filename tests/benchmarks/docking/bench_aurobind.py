@@ -21,15 +21,11 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
-import platform
 import shlex
 import shutil
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +39,7 @@ from cohobate.core.catalog import overlay
 from cohobate.core.errors import InputError
 from cohobate.core.recipes import read_config
 from cohobate.core.testing import build
+from cohobate.core.testing.bench import in_turn, medians, write_rows
 from cohobate.docking import vina
 from cohobate.docking.aurobind import structure
 from cohobate.docking.aurobind.predict import StudentScorer, teacher_fitness
@@ -77,27 +74,11 @@ def main() -> None:
     else:
         name = "bench-aurobind-stages"
         rows = stages(asked.folder, asked.seeds, asked.root, asked.longer)
-    content = {
-        "command": shlex.join(["python", *(str(w).replace(f"{ROOT}/", "") for w in sys.argv)]),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread, process seconds",
-        "versions": {name: version(name) for name in ("torch", "rdkit", "cohobate-docking")},
-        "rows": rows,
-    }
+    words = shlex.join(str(word).replace(f"{ROOT}/", "") for word in sys.argv)
     out = asked.out or RESULTS / f"{name}.json"
-    out.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_rows(out, words, ("torch", "rdkit", "cohobate-docking"), rows)
     for one in rows:
         print(one)
-
-
-def seconds(call: Callable[[], object], repeat: int = 3) -> float:
-    """Least process seconds of a call."""
-    call()
-    found = []
-    for _ in range(repeat):
-        start = time.process_time()
-        call()
-        found.append(time.process_time() - start)
-    return min(found)
 
 
 def row(what: str, result: str, note: str) -> dict[str, str]:
@@ -117,21 +98,25 @@ def throughput(data: ComplexData) -> list[dict[str, str]]:
     codes = scorer.encode(*features(smiles)[:2]).astype(np.float16)
     batch = collate([c.features() for c in some])
     known = model.network.trunk(batch)
-    spent = {
-        "cached": seconds(lambda: scorer.score(codes)) / len(smiles),
-        "SMILES": seconds(lambda: scorer.encode(*features(smiles[:512])[:2])) / 512,
-        "fitness": seconds(lambda: teacher_fitness(model, molecules, pocket)) / len(molecules),
-        "pose": seconds(lambda: structure.roll_out(model.network, batch, known, 1, 200), 1)
-        / len(molecules),
+    quick = {
+        "cached": lambda: scorer.score(codes),
+        "SMILES": lambda: scorer.encode(*features(smiles[:512])[:2]),
+        "fitness": lambda: teacher_fitness(model, molecules, pocket),
     }
-    spent["SMILES"] += spent["cached"]
+    slow: dict[str, Callable[[], object]] = {
+        "pose": lambda: structure.roll_out(model.network, batch, known, 1, 200)
+    }
     try:
         receptor, box = vina.target("CDK2")
         small = vina.Box(box.centre, (20.0, 20.0, 20.0))
         docker = vina.Docker(receptor, small, exhaustiveness=8)
-        spent["Vina"] = seconds(lambda: docker.dock(molecules[0]), 1)
+        slow["Vina"] = lambda: docker.dock(molecules[0])
     except InputError as error:
         print(f"no row for Vina: {error}")
+    taken = medians(in_turn(quick, 3)) | medians(in_turn(slow, 1))
+    number = {"cached": len(smiles), "SMILES": 512, "Vina": 1}
+    spent = {name: value / number.get(name, len(molecules)) for name, value in taken.items()}
+    spent["SMILES"] += spent["cached"]
     about = {
         "cached": "student, molecule in a cached library",
         "SMILES": "student, new molecule from its SMILES",

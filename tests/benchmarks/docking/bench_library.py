@@ -16,7 +16,6 @@ import csv
 import gzip
 import json
 import os
-import platform
 import random
 import re
 import shlex
@@ -25,12 +24,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rdkit import Chem
 
+from cohobate.core.testing.bench import write_rows
 from cohobate.docking.data.molecules import Problems, read
 from cohobate.docking.data.sources import embedded_folder
 
@@ -46,7 +45,9 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("tables", type=Path, nargs="+")
     parser.add_argument("--molecules", type=int, default=1_000_000)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/results/bench-aurobind-library.json")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "docs/results/bench-aurobind-library.json"
+    )
     asked = parser.parse_args()
     asked.work.mkdir(parents=True, exist_ok=True)
     library = asked.work / "library.smi.gz"
@@ -71,16 +72,12 @@ def main() -> None:
         }
         for (name, _, _), one in zip(screens, found, strict=True)
     ]  # fmt: skip
-    rows.append({"what": "the first two rankings are the same file", "starts": str(same).lower()})
-    content = {
-        "command": shlex.join(["python", *(str(w).replace(f"{ROOT}/", "") for w in sys.argv)]),
-        "machine": f"{platform.machine()}, one thread",
-        "versions": {name: version(name) for name in ("torch", "rdkit", "cohobate-docking")},
-        "molecules": found[0]["read"],
-        "rows": rows,
-    }
-    asked.out.write_text(json.dumps(content, indent=1) + "\n")
-    print(json.dumps(content, indent=1))
+    rows.append({"what": "the first two rankings are byte for byte the same", "starts": str(same)})
+    words = shlex.join(str(word).replace(f"{ROOT}/", "") for word in sys.argv[:3])
+    words += f" TABLES --molecules {asked.molecules}"
+    packages = ("torch", "rdkit", "cohobate-docking")
+    write_rows(asked.out, words, packages, rows, f"{found[0]['read']:,} molecules, one process")
+    print(*rows, sep="\n")
 
 
 def make(path: Path, tables: list[Path], count: int) -> None:
