@@ -10,8 +10,14 @@ import pytest
 from rdkit import Chem
 
 from cohobate.core.errors import InputError
+from cohobate.core.runs import load_run
 from cohobate.core.testing import assert_one_line, run_command
-from cohobate.docking.aurobind.retrospective import nearest, read_cases, read_library
+from cohobate.docking.aurobind.retrospective import (
+    nearest,
+    read_cases,
+    read_library,
+    retrospective,
+)
 from cohobate.docking.data.molecules import Problems, read
 from cohobate.docking.data.sources import embedded_folder
 from cohobate.docking.metrics import screening
@@ -104,3 +110,24 @@ def test_bad_libraries_are_one_line(run, table, tmp_path):
     outcome = run_command(*words, "--out", tmp_path / "r.json", domain="docking")
     assert_one_line(outcome, "needs a second target")
     assert not (tmp_path / "r.json").exists()
+
+
+@pytest.mark.slow
+def test_vina_docks_a_sample(run, real, tmp_path):
+    systems = {"cdk2": "jacs_set__cdk2", "hs90a": "waterset__hsp90_woodhead"}
+    lines = ["target,library,receptor,ligand"]
+    for name, system in systems.items():
+        text = "smiles,label\nc1ccccc1O,1\nCCO,0\nCCN,0\nCCC,0\n"
+        (tmp_path / f"{name}.csv").write_text(text)
+        receptor = real / "receptors" / f"{system}.receptor.pdb.gz"
+        ligand = real / "fep_complexes" / "systems" / f"{system}.ligands.sdf.gz"
+        lines.append(f"{name},{name}.csv,{receptor},{ligand}")
+    (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
+    table = retrospective(
+        [load_run(run / "5-student")], read_cases(tmp_path / "t.csv"), max_residues=8, exclude="",
+        dock=["cdk2"], docked=3, exhaustiveness=1, progress=False,
+    )  # fmt: skip
+    assert "docked" not in table[1]
+    found = table[0]["docked"]
+    assert found["counts"] == "1 / 3"
+    assert found["measures"]["Vina"]["auc"] == 1.0, "phenol binds better than ethanol to Vina"
