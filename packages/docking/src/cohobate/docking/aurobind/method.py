@@ -246,10 +246,10 @@ class AuroBind(DistillModule):
                 self._teacher(own), data, self.centroids, folder / "teacher.safetensors",
                 self.hidden, own,
             )  # fmt: skip
-        if self.stage in ("fitness", "student") and stage == "fit":
+        if self.stage == "fitness" and stage == "fit":
             shown = data.places("train", label=True)
             labels = [data.data.complexes[i].label for i in shown]
-            (self.fast or self.network.fitness).start_at(float(np.mean(labels)))
+            self.network.fitness.start_at(float(np.mean(labels)))
         if self.stage == "self-distil" and self.distill and stage == "fit":
             self._own = structure.own_poses(
                 self.network, data, self.keep, folder / "self_labels.npz", self.device

@@ -71,11 +71,6 @@ class FastStudent(nn.Module):
             self.places = nn.Linear(2 * width, pockets * (width // 4))
             self.bias = nn.Parameter(torch.zeros(()))
 
-    @torch.no_grad()
-    def start_at(self, fitness: float) -> None:
-        """Let training begin near the labels' mean."""
-        (self.out.bias if self.score == "mlp" else self.bias).fill_(fitness)
-
     def library(self, bits: Tensor, counts: Tensor) -> Tensor:
         """The library tower: molecules (B, 2 width).
 
