@@ -145,9 +145,9 @@ def _write(
 def relaxed(molecule: Chem.Mol, pose: np.ndarray, seed: int, pull: float = 20.0) -> Chem.Mol:
     """The molecule at a pose, with the bond lengths and stereo that its SMILES has.
 
-    A network places atoms one by one. A conformer of the right chemistry is laid on them and pulled
-    towards them by springs under MMFF94, by weaker ones where they would turn a stereo centre or
-    double bond over. Where no conformer can be made the atoms stay as they are.
+    A network places atoms one by one. A conformer of the right chemistry is laid on them, pulled
+    towards them by springs under MMFF94 and let go; the springs are weaker where they would turn a
+    stereo centre or double bond over. Where no conformer can be made the atoms stay as they are.
 
     Args:
         molecule: Without hydrogens.
@@ -186,6 +186,7 @@ def _pull(molecule: Chem.Mol, pose: np.ndarray, strength: float) -> None:
         field.MMFFAddDistanceConstraint(spring, i, False, 0.0, 0.0, strength)
     field.Initialize()
     field.Minimize(maxIts=500)
+    rdForceFieldHelpers.MMFFOptimizeMolecule(molecule, maxIters=500)  # what the springs strained
 
 
 def _stereo(molecule: Chem.Mol) -> str:
