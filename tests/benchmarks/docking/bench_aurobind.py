@@ -11,7 +11,8 @@ model, a pose by AutoDock Vina (where it is installed) at its own exhaustiveness
 ``stages`` trains the default recipe and its variants in ``WORK/seed-<n>`` and puts them side by
 side, seed by seed; what is finished is kept, so that ``WORK`` may be the folder ``distilled`` of
 ``cohobate compare docking/aurobind``. ``--root`` takes other complexes, split by protein, and
-``--longer`` trains every stage so many times as long.
+``--longer`` trains every stage so many times as long. ``--collect`` trains nothing and puts
+together what is there.
 
 ``dude`` writes the table that ``cohobate-docking retrospective`` reads, for the DUD-E libraries and
 the FEP benchmark's complexes in one folder.
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import shlex
 import shutil
 import statistics
@@ -61,6 +63,7 @@ def main() -> None:
     parser.add_argument("table", type=Path, nargs="?")
     parser.add_argument("--root", type=Path)
     parser.add_argument("--longer", type=int, default=1)
+    parser.add_argument("--collect", action="store_true", help="train nothing")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
@@ -73,7 +76,7 @@ def main() -> None:
         name, rows = "bench-aurobind", throughput(data)
     else:
         name = "bench-aurobind-stages"
-        rows = stages(asked.folder, asked.seeds, asked.root, asked.longer)
+        rows = stages(asked.folder, asked.seeds, asked.root, asked.longer, not asked.collect)
     words = shlex.join(str(word).replace(f"{ROOT}/", "") for word in sys.argv)
     out = asked.out or RESULTS / f"{name}.json"
     write_rows(out, words, ("torch", "rdkit", "cohobate-docking"), rows)
@@ -141,7 +144,7 @@ def placements(data: ComplexData) -> list[dict[str, str]]:
     for seed in range(3):
         rng = np.random.default_rng(seed)
         rmsd: dict[str, list[float]] = {name: [] for name in found}
-        for place in data.places("test", pose=True)[:100]:
+        for place in data.places("test", pose=True)[:40]:
             one = data.data.complexes[place]
             centre = one.molecule.GetConformer().GetPositions().mean(0) - one.pocket.centre
             try:
@@ -159,7 +162,7 @@ def placements(data: ComplexData) -> list[dict[str, str]]:
         for name, values in rmsd.items():
             found[name].append(statistics.median(values))
     return [
-        row(f"(a) RDKit conformer, {name}", f"rmsd {shown(values)}", "3 draws, at most 100")
+        row(f"(a) RDKit conformer, {name}", f"rmsd {shown(values)}", "3 draws of at most 40")
         for name, values in found.items()
     ]
 
@@ -175,33 +178,41 @@ def by_protein(root: Path) -> ComplexData:
     return ComplexData(root=root, max_residues=24, max_atoms=30, split=Split("protein", 0.1, 0.2))
 
 
-def stages(work: Path, seeds: list[int], root: Path | None, longer: int) -> list[dict[str, str]]:
+def stages(
+    work: Path, seeds: list[int], root: Path | None, longer: int, train: bool
+) -> list[dict[str, str]]:
     """Every stage and its variants over seeds, with paired differences."""
-    recipe = variants(work, longer, 100 if root is None else 20)
-    more = ["--trainer.enable_progress_bar=false"]
-    if root is not None:
-        more += [f"--data.root={root}", *BY_PROTEIN]
-    found: dict[str, list[dict[str, float]]] = {}
+    found: dict[str, dict[int, dict[str, float]]] = {}
     for seed in seeds:
-        folder = work / f"seed-{seed}"
-        args = [*more, f"--seed_everything={seed}"]
-        most = catalog.Recipe(recipe.paper, recipe.name, recipe.stages[:-1])
-        runs.fit(most, args, out=folder)
-        # The student of labels alone has the same teacher's priors: not computed a second time.
-        (folder / "5-labels").mkdir(exist_ok=True)
-        shutil.copy(folder / "5-student" / "teacher.safetensors", folder / "5-labels")
-        for run in runs.fit(recipe, args, out=folder):
-            found.setdefault(run.info["stage"], []).append(run.info["test"])
+        if train:
+            fit(work, seed, root, longer)
+        for path in sorted((work / f"seed-{seed}").glob("*/run.json")):
+            info = json.loads(path.read_text())
+            if info["status"] == "finished":
+                found.setdefault(info["stage"], {})[seed] = info["test"]
     data = ComplexData(max_residues=24) if root is None else by_protein(root)
     data.setup()
     return [row("data", data.describe(), ""), *placements(data), *compared(found)]
 
 
+def fit(work: Path, seed: int, root: Path | None, longer: int) -> None:
+    """Train what is not finished."""
+    recipe, folder = variants(work, longer, 100 if root is None else 20), work / f"seed-{seed}"
+    args = ["--trainer.enable_progress_bar=false", f"--seed_everything={seed}"]
+    if root is not None:
+        args += [f"--data.root={root}", *BY_PROTEIN]
+    runs.fit(catalog.Recipe(recipe.paper, recipe.name, recipe.stages[:-1]), args, out=folder)
+    # The student of labels alone has the same teacher's priors: not computed a second time.
+    (folder / "5-labels").mkdir(exist_ok=True)
+    shutil.copy(folder / "5-student" / "teacher.safetensors", folder / "5-labels")
+    runs.fit(recipe, args, out=folder)
+
+
 ABOUT = {
     "structure": "(a) structure model after stage 1, half of the poses",
-    "self-distil": "(b) as long again, self-labels where the gate lets them (it may refuse)",
-    "override": "(b) as long again, self-labels whatever the gate says",
-    "oracle": "(b) as long again, with the hidden poses shown",
+    "self-distil": "(b) after stage 2, self-labels where the gate lets them (it may refuse)",
+    "override": "(b) after stage 2, self-labels whatever the gate says",
+    "oracle": "(b) after stage 2, with the hidden poses shown",
     "fitness": "(c) fitness head, squared error",
     "longer": "(c) fitness head, squared error, as many steps as with the preference",
     "preference": "(c) fitness head, squared error, then Plackett-Luce",
@@ -210,26 +221,30 @@ ABOUT = {
 }
 PAIRS = [
     ("override", "self-distil", "rmsd"), ("oracle", "self-distil", "rmsd"),
+    ("preference", "fitness", "spearman"), ("preference", "fitness", "rmse"),
     ("preference", "longer", "spearman"), ("preference", "longer", "kendall"),
     ("preference", "longer", "rmse"), ("student", "labels", "spearman"),
     ("student", "labels", "kendall"), ("student", "labels", "rmse"),
 ]  # fmt: skip
 
 
-def compared(found: dict[str, list[dict[str, float]]]) -> list[dict[str, str]]:
-    """A row for each stage, and the paired differences."""
+def compared(found: dict[str, dict[int, dict[str, float]]]) -> list[dict[str, str]]:
+    """A row for each stage that is there, and the paired differences."""
     rows = []
     for stage, about in ABOUT.items():
-        values = found[stage]
+        if stage not in found:
+            continue
+        values = list(found[stage].values())
         names = [k for k in values[0] if k not in ("test/targets", "test/best_rmsd")]
         text = "; ".join(
             f"{k.removeprefix('test/')} {shown([r[k] for r in values])}" for k in names
         )
-        rows.append(row(about, text, f"{len(values)} seeds"))
+        rows.append(row(about, text, "seeds " + ", ".join(map(str, found[stage]))))
     for one, other, name in PAIRS:
-        pairs = zip(found[one], found[other], strict=True)
-        change = [a[f"test/{name}"] - b[f"test/{name}"] for a, b in pairs]
-        rows.append(row(f"{one} minus {other}: {name}", shown(change), "paired, by seed"))
+        a, b = found.get(one, {}), found.get(other, {})
+        change = [a[s][f"test/{name}"] - b[s][f"test/{name}"] for s in a if s in b]
+        if change:
+            rows.append(row(f"{one} minus {other}: {name}", shown(change), "paired, by seed"))
     return rows
 
 
