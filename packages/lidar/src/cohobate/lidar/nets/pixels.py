@@ -223,21 +223,28 @@ class _Neighbours(torch.autograd.Function):
     """Scalar products of coarse features (I, h, w, D), laid as `_Axis.squares` takes them.
 
     Of (I, 2h − 1, 2w − 1) the blocks are: squares; products with the right neighbour; with the
-    lower one; and the mean of both diagonals of four neighbours.
+    lower one; and the mean of both diagonals of four neighbours. A neighbour is the row so many
+    places further in memory, so nothing is copied; pairs across a border are left out.
     """
 
     @staticmethod
     def forward(ctx: Any, features: Tensor) -> Tensor:
         ctx.save_for_backward(features)
         images, height, width, _ = features.shape
+        rows = features.flatten(0, 2)
+
+        def products(shift: int) -> Tensor:
+            found = rows.new_zeros(len(rows))
+            size = max(len(rows) - shift, 0)
+            found[:size] = torch.einsum("nd,nd->n", rows[:size], rows[shift:])
+            return found.view(images, height, width)
+
         out = features.new_empty(images, 2 * height - 1, 2 * width - 1)
-        dot = torch.linalg.vecdot
-        left, right, upper, lower = _shifted(features)
-        out[:, :height, :width] = dot(features, features)
-        out[:, :height, width:] = dot(left, right)
-        out[:, height:, :width] = dot(upper, lower)
-        falling = dot(upper[:, :, :-1], lower[:, :, 1:])
-        out[:, height:, width:] = (falling + dot(upper[:, :, 1:], lower[:, :, :-1])) / 2
+        out[:, :height, :width] = products(0)
+        out[:, :height, width:] = products(1)[:, :, :-1]
+        out[:, height:, :width] = products(width)[:, :-1]
+        falling, rising = products(width + 1)[:, :-1, :-1], products(width - 1)[:, :-1, 1:]
+        out[:, height:, width:] = (falling + rising) / 2
         return out
 
     @staticmethod
@@ -245,29 +252,22 @@ class _Neighbours(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (features,) = ctx.saved_tensors
         _, height, width, _ = features.shape
-        grad = grad[..., None]
-        out = 2 * grad[:, :height, :width] * features
-        left, right, upper, lower = _shifted(features)
-        to_left, to_right, to_upper, to_lower = _shifted(out)
+        rows = features.flatten(0, 2)
+        out = torch.zeros_like(rows)
 
-        def both(to_one: Tensor, one: Tensor, to_other: Tensor, other: Tensor, by: Tensor) -> None:
-            to_one.addcmul_(by, other)
-            to_other.addcmul_(by, one)
+        def add(shift: int, block: Tensor, padding: tuple[int, int, int, int]) -> None:
+            size = max(len(rows) - shift, 0)
+            by = F.pad(block, padding).flatten()[:size, None]
+            out[:size].addcmul_(by, rows[shift:])
+            out[shift:].addcmul_(by, rows[:size])
 
-        both(to_left, left, to_right, right, grad[:, :height, width:])
-        both(to_upper, upper, to_lower, lower, grad[:, height:, :width])
         half = grad[:, height:, width:] / 2
-        for one, other in ((slice(None, -1), slice(1, None)), (slice(1, None), slice(None, -1))):
-            both(
-                to_upper[:, :, one], upper[:, :, one], to_lower[:, :, other], lower[:, :, other],
-                half,
-            )  # fmt: skip
-        return out
-
-
-def _shifted(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All places but the last and the first column, all but the last and the first row."""
-    return x[:, :, :-1], x[:, :, 1:], x[:, :-1], x[:, 1:]
+        add(0, grad[:, :height, :width], (0, 0, 0, 0))
+        add(1, grad[:, :height, width:], (0, 1, 0, 0))
+        add(width, grad[:, height:, :width], (0, 0, 0, 1))
+        add(width + 1, half, (0, 1, 0, 1))
+        add(width - 1, half, (1, 0, 0, 1))
+        return out.view_as(features)
 
 
 class _Spread(torch.autograd.Function):
