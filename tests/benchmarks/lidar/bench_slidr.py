@@ -10,22 +10,17 @@ Medians.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from cohobate.core.testing import build
+from cohobate.core.testing.bench import in_turn, medians, write_rows
 from cohobate.lidar.data import ImageCloudData
 from cohobate.lidar.data.sets import read_scene
 from cohobate.lidar.nets import UnitPixels
@@ -57,16 +52,9 @@ def main() -> None:
             for whole in (True, False)
         ),
     ]
-    content = {
-        "command": f"python tests/benchmarks/lidar/bench_slidr.py --repeat {asked.repeat}",
-        "machine": f"{platform.machine()}, 1 thread, process seconds",
-        "versions": {name: version(name) for name in ("torch", "cohobate-lidar")},
-        "rows": rows,
-    }
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    for row in rows:
-        print(row)
+    script = f"tests/benchmarks/lidar/bench_slidr.py --repeat {asked.repeat}"
+    write_rows(asked.out, script, ("torch", "cohobate-lidar"), rows)
+    print(*rows, sep="\n")
 
 
 def step_row(model: Pretrain, data: ImageCloudData, repeat: int) -> dict[str, Any]:
@@ -80,7 +68,7 @@ def step_row(model: Pretrain, data: ImageCloudData, repeat: int) -> dict[str, An
         model.training_step(batch, 0).backward()
         optimizer.step()
 
-    seconds = in_turn({"step": run}, repeat, "step")["step"]
+    seconds = medians(in_turn({"step": run}, repeat, "step"))["step"]
     images, _, height, width = batch["images"].shape
     return {
         "what": f"pre-training step, U-Net 16-32-64, {data.batch_size} clouds, "
@@ -101,7 +89,7 @@ def read_row(data: ImageCloudData, repeat: int) -> dict[str, Any]:
         for frame in frames:
             read(frame)
 
-    seconds = in_turn({"read": run}, repeat, "reading")["read"] / len(frames)
+    seconds = medians(in_turn({"read": run}, repeat, "reading"))["read"] / len(frames)
     height, width = frames[0].cameras[0].size
     points, pairs = (len(x) for x in (read(frames[0]).points, read(frames[0]).pairing.points))
     return {
@@ -146,7 +134,7 @@ def pool_row(size: tuple[int, int], repeat: int, *, whole: bool) -> dict[str, An
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     # read what is given once, write the gradients once
     runs["floor"] = lambda: [(leaf.detach().sum(), torch.ones_like(leaf)) for leaf in leaves]
-    seconds = in_turn(runs, repeat, "pooling")
+    seconds = medians(in_turn(runs, repeat, "pooling"))
     ratio = seconds["ours"] / seconds["products"]
     return {
         "what": f"superpixel pooling and gradients from {start}, {len(coarse)} images of "
@@ -210,18 +198,6 @@ def gradients(
     outputs = form()
     total = sum((x.square().sum() for x in outputs), torch.zeros(()))
     return (*(x.detach() for x in outputs), *torch.autograd.grad(total, leaves))
-
-
-def in_turn(runs: dict[str, Callable[[], Any]], repeat: int, title: str) -> dict[str, float]:
-    """Median process seconds of each, one warm-up, all taking turns."""
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in tqdm(range(repeat + 1), desc=title):
-        for name, run in runs.items():
-            start = time.process_time()
-            run()
-            if turn:
-                found[name].append(time.process_time() - start)
-    return {name: statistics.median(seconds) for name, seconds in found.items()}
 
 
 if __name__ == "__main__":
