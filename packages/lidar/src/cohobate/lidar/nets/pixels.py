@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cohobate.core.losses import segment_mean
 from cohobate.core.losses.reduce import compute_dtype
 
 SMALLEST = 1e-12
@@ -80,16 +79,13 @@ class UnitPixels:
         images, _, height, width = self.coarse.shape
         inside = regions >= 0
         first = torch.arange(images, device=regions.device)[:, None, None] * number
-        place = regions.clamp_min(0) + first
-        counted = place.where(inside, images * number).flatten()
-        count = torch.bincount(counted, minlength=images * number + 1)[:-1]
+        start = (regions.clamp_min(0) + first) * (height * width)
         with torch.autocast(regions.device.type, enabled=False):
             features, axes = self._rows_last(), self._axes()
             scale = _inverse_norms(features, axes, inside).where(inside, 0)
-            spread = _Spread.apply(scale, place * (height * width), axes, images * number)
+            spread = _Spread.apply(scale, start, axes, images * number)
             sums = spread.view(images, number, -1) @ features.flatten(1, 2)
-        divisor = torch.where(count == 0, 1, count).to(sums.dtype) + eps
-        return (sums / divisor.view(images, number, 1)).to(self.coarse.dtype)
+        return (sums / _sizes(regions, number, sums, eps)).to(self.coarse.dtype)
 
     def _rows_last(self) -> Tensor:
         rows = self.coarse.permute(0, 2, 3, 1).contiguous()
@@ -116,12 +112,21 @@ def region_means(
     """
     if isinstance(pixels, UnitPixels):
         return pixels.region_means(regions, number, eps=eps)
-    images = len(pixels)
+    # Channel by channel, as the map lies in memory: to turn it would cost more than the sums.
+    index = regions.where(regions >= 0, number).flatten(1)[:, None]
+    flat = pixels.flatten(2).to(compute_dtype(pixels))
+    sums = flat.new_zeros(*flat.shape[:2], number + 1)
+    sums = sums.scatter_add(2, index.expand_as(flat), flat)[..., :number].mT
+    return (sums / _sizes(regions, number, sums, eps)).to(pixels.dtype)
+
+
+def _sizes(regions: Tensor, number: int, like: Tensor, eps: float) -> Tensor:
+    """Pixels of every region (I, S, 1), 1 where there is none, plus ``eps``."""
+    images = len(regions)
     first = torch.arange(images, device=regions.device)[:, None, None] * number
-    index = torch.where(regions < 0, -1, regions + first).flatten()
-    rows = pixels.permute(0, 2, 3, 1).flatten(0, 2)
-    means, _ = segment_mean(rows, index, images * number, eps=eps)
-    return means.unflatten(0, (images, number))
+    bucket = (regions + first).where(regions >= 0, images * number).flatten()
+    count = torch.bincount(bucket, minlength=images * number + 1)[:-1]
+    return count.clamp_min(1).to(like.dtype).view(images, number, 1) + eps
 
 
 def pixels_at(pixels: Tensor | UnitPixels, places: Tensor) -> Tensor:
