@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from cohobate.detection.boxes import Targets, pad_targets
 from cohobate.detection.d_fine import Criterion, Denoising, DFineNet, Outputs, deploy
 from cohobate.detection.d_fine.checkpoint import to_official
-from cohobate.detection.d_fine.optim import RATES, parameter_groups
+from cohobate.detection.d_fine.optim import RATES, adamw
 from cohobate.detection.d_fine.sizes import config_of
 
 ROOT = Path(__file__).parents[3]
@@ -233,7 +233,7 @@ def official_outputs(main_: Outputs, dn: Outputs, positive: list[Tensor], groups
 
 def stepper(network: DFineNet, criterion: Criterion, images: Tensor, targets: Targets) -> Any:
     """A training step of ours."""
-    optimizer = torch.optim.AdamW(parameter_groups(network, RATES["n"]), foreach=True)
+    optimizer = adamw(network, RATES["n"])
 
     def step() -> None:
         outputs, noised = network.outputs(images, targets, Denoising())

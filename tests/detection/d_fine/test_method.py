@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from cohobate.core.errors import InputError
 from cohobate.core.io import load_checkpoint
 from cohobate.core.testing import (
     assert_one_line,
@@ -207,7 +208,6 @@ def test_onnx_with_postprocessing_gives_the_same_detections(run, tmp_path):
 
 
 def test_an_onnx_file_that_differs_is_not_written(tmp_path, monkeypatch):
-    from cohobate.core.errors import InputError
     from cohobate.detection.d_fine import serving
 
     monkeypatch.setattr(serving, "difference", lambda *_: 0.5)
@@ -286,6 +286,14 @@ def test_bfloat16_trains_without_an_assertion():
     loss.backward()
     grads = [p.grad for p in built.model.network.parameters() if p.grad is not None]
     assert all(g.isfinite().all() for g in grads)
+
+
+def test_an_image_with_a_pixel_that_is_no_number_is_named():
+    built = build("detection/d-fine", *SMALL)
+    batch = next(iter(built.datamodule.train_dataloader()))
+    batch.images[1, 0, 3, 4] = torch.nan
+    with pytest.raises(InputError, match=f"^{batch.pictures[1].name}: has pixels that are no"):
+        built.model.training_step(batch, 0)
 
 
 def test_weights_to_start_from_are_read_once(tmp_path):

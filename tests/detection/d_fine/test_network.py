@@ -262,6 +262,32 @@ def test_other_classes_keep_what_fits(tmp_path, tiny):
     assert all("class_embed" in name or "enc_score" in name for name in left)
 
 
+def test_class_heads_between_objects365_and_coco_keep_the_common_classes(tmp_path):
+    from cohobate.detection.d_fine.checkpoint import _COCO_IN_OBJECTS365
+
+    assert len(set(_COCO_IN_OBJECTS365)) == 80
+    wide, narrow = (DFineNet(config_of("tiny", count, num_queries=10)) for count in (366, 80))
+    for network in (wide, narrow):
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter)
+    fresh = narrow.model.denoising_class_embed.weight.clone()
+    other = wide.model.decoder.class_embed[1].bias.clone()
+    left = load_weights_into(narrow, save_official(wide, tmp_path / "o.pth"), strict=False)
+    assert left == ["denoising_class_embed.weight"]
+    assert torch.equal(narrow.model.denoising_class_embed.weight, fresh)
+    # person, bicycle and toothbrush are the ids 1, 47 and 227 of Objects365
+    for own, index in ((0, 1), (1, 47), (79, 227)):
+        for head in ("enc_score_head", "decoder.class_embed.1"):
+            one, two = (n.model.get_submodule(head) for n in (narrow, wide))
+            assert torch.equal(one.weight[own], two.weight[index])
+            assert one.bias[own] == two.bias[index]
+    narrow.model.decoder.class_embed[1].bias.data.add_(1)
+    load_weights_into(wide, save_official(narrow, tmp_path / "c.pth"), strict=False)
+    back = wide.model.decoder.class_embed[1].bias
+    assert back[47] == narrow.model.decoder.class_embed[1].bias[1]
+    assert torch.equal(back[[0, 2, 3, 4]], other[[0, 2, 3, 4]])
+
+
 def test_a_file_of_another_size_is_refused(tmp_path, tiny):
     file = save_official(tiny, tmp_path / "dfine.pth")
     with pytest.raises(InputError, match="another size"):

@@ -142,7 +142,7 @@ class DFineNet(nn.Module):
         memory = self.encode(images)
         noised: Queries | None = None
         if targets is not None and denoising is not None:
-            noised = denoising(targets, self.config.num_labels, self.config.num_queries)
+            noised = denoising(targets, memory.logits.shape[-1], self.config.num_queries)
         content, boxes, blocked = memory.content, memory.boxes, None
         if noised is not None:
             labels = self.model.denoising_class_embed(noised.labels).to(content.dtype)
@@ -373,7 +373,8 @@ def deploy(network: DFineNet, *, backbone: bool = True) -> DFineNet:
         for n in range(len(heads) - 1):
             heads[n] = nn.Identity()
     slim.model.denoising_class_embed = nn.Identity()
-    for module in list(slim.modules()):
+    modules: list[Any] = list(slim.modules())  # of transformers, known by the parts they have
+    for module in modules:
         if hasattr(module, "conv") and hasattr(module, "norm"):
             module.conv, module.norm = fuse(module.conv, module.norm), nn.Identity()
         if backbone and hasattr(module, "convolution"):
@@ -381,7 +382,7 @@ def deploy(network: DFineNet, *, backbone: bool = True) -> DFineNet:
             module.normalization = nn.Identity()
     for n, project in enumerate(slim.model.encoder_input_proj if backbone else ()):
         slim.model.encoder_input_proj[n] = fuse(project[0], project[1])
-    for module in list(slim.modules()):
+    for module in modules:
         if hasattr(module, "bottlenecks"):
             for n, block in enumerate(module.bottlenecks):
                 module.bottlenecks[n] = nn.Sequential(_one_convolution(block), block.activation)
