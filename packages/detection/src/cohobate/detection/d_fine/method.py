@@ -85,6 +85,9 @@ class DFine(DistillModule):
         ema_restart: Decay in the second stage.
         distill: False trains without the last layer's lessons and with each output's own match.
 
+    Raises:
+        InputError: The options contradict each other.
+
     References:
         arXiv 2410.13842.
     """
@@ -120,6 +123,10 @@ class DFine(DistillModule):
         distill: bool = True,
     ) -> None:
         super().__init__(distill=distill, weights={**WEIGHTS, **(weights or {})})
+        if distill and regression == "plain" and distillation in ("go_lsd", "localization"):
+            raise InputError(
+                f"model.distillation: plain regression has no edge distributions for {distillation}"
+            )
         self.categories, self.size, self.stop_epoch = categories, size, stop_epoch
         config = config_of(
             variant, len(categories), num_queries=num_queries, decoder_layers=decoder_layers
