@@ -34,6 +34,7 @@ from cohobate.detection.data import Category
 SMALL = (
     "--data.size=64", "--data.batch_size=2", "--model.num_queries=10", "--model.top=20",
     "--trainer.enable_progress_bar=false", "--model.denoising.budget=4", "--model.warmup=2",
+    "--trainer.check_val_every_n_epoch=1",
 )  # fmt: skip
 
 
