@@ -173,6 +173,21 @@ def test_postprocessing_of_the_official_code(cases):
         torch.testing.assert_close(found.boxes, case["boxes_xyxy"])
 
 
+LARGE = [pytest.param(size, marks=pytest.mark.slow) for size in "mlx"]
+
+
+@pytest.mark.parametrize("size", ["n", "s", *LARGE])
+def test_names_and_shapes_are_those_of_the_official_code(recorded, size):
+    shapes = {
+        name: tuple(value.shape)
+        for name, value in to_official(DFineNet(config_of(size, 80))).items()
+        if not name.endswith("num_batches_tracked")  # L and X have none: their norms are frozen
+    }
+    lines = [f"{name}:{','.join(map(str, shape))}" for name, shape in sorted(shapes.items())]
+    found = {"tensors": len(lines), "crc32": zlib.crc32("\n".join(lines).encode())}
+    assert found == recorded("state_dicts")[size]
+
+
 @pytest.mark.parametrize(
     ("size", "training", "deployed"),
     [("n", 3.783, 3.754), ("s", 10.322, 10.237)],
