@@ -359,8 +359,8 @@ def deploy(network: DFineNet, *, backbone: bool = True) -> DFineNet:
 
     Args:
         network: A trained network.
-        backbone: Also fuse the backbone and the projections behind it, which the official form
-            leaves as they are.
+        backbone: Also fuse the backbone and the projections behind it and the encoder, which the
+            official form leaves as they are.
 
     Returns:
         The same detections from fewer operations; it cannot be trained.
@@ -380,8 +380,10 @@ def deploy(network: DFineNet, *, backbone: bool = True) -> DFineNet:
         if backbone and hasattr(module, "convolution"):
             module.convolution = fuse(module.convolution, module.normalization)
             module.normalization = nn.Identity()
-    for n, project in enumerate(slim.model.encoder_input_proj if backbone else ()):
-        slim.model.encoder_input_proj[n] = fuse(project[0], project[1])
+    for projects in (slim.model.encoder_input_proj, slim.model.decoder_input_proj):
+        for n, project in enumerate(projects if backbone else ()):
+            if not isinstance(project, nn.Identity):
+                projects[n] = fuse(project[0], project[1])
     for module in modules:
         if hasattr(module, "bottlenecks"):
             for n, block in enumerate(module.bottlenecks):
@@ -391,10 +393,13 @@ def deploy(network: DFineNet, *, backbone: bool = True) -> DFineNet:
 
 @torch.no_grad()
 def fuse(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
-    """One convolution that does what a convolution and its batch norm do in evaluation."""
+    """One convolution that does what a convolution and its batch norm do in evaluation.
+
+    The frozen norm of the sizes L and X has no ``eps`` of its own: it is 1e-5.
+    """
     assert norm.running_var is not None
     assert norm.running_mean is not None
-    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    scale = norm.weight / (norm.running_var + getattr(norm, "eps", 1e-5)).sqrt()
     fused = nn.utils.skip_init(
         nn.Conv2d, conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,
         conv.padding, groups=conv.groups, device=conv.weight.device, dtype=conv.weight.dtype,
