@@ -20,7 +20,7 @@ from cohobate.detection.d_fine.checkpoint import (
 from cohobate.detection.d_fine.criterion import Criterion
 from cohobate.detection.d_fine.denoising import Denoising
 from cohobate.detection.d_fine.losses import expected_offsets
-from cohobate.detection.d_fine.network import DFineNet, best, deploy
+from cohobate.detection.d_fine.network import DFineNet, StemPool, best, deploy
 from cohobate.detection.d_fine.sizes import config_of
 
 WEIGHTS = {"vfl": 1.0, "bbox": 5.0, "giou": 2.0, "fgl": 0.15, "ddf": 1.5}
@@ -345,6 +345,19 @@ def test_gradients_reach_the_earlier_layers_through_the_residual_logits(tiny):
     assert tiny.model.decoder.pre_bbox_head.layers[-1].bias.grad is None or (
         not tiny.model.decoder.pre_bbox_head.layers[-1].bias.grad.any()  # b⁰ is detached
     )
+
+
+def test_the_pool_of_the_stem_is_torchs_own():
+    torch.manual_seed(0)
+    given = torch.randn(2, 3, 9, 8).relu_()
+    wanted = torch.nn.functional.max_pool2d(given, 2, 1)
+    assert torch.equal(StemPool()(given), wanted)
+    one, two = given.clone().requires_grad_(), given.clone().requires_grad_()
+    torch.nn.functional.max_pool2d(one, 2, 1).square().sum().backward()
+    found = StemPool()(two)
+    assert torch.equal(found, wanted)
+    found.square().sum().backward()
+    assert torch.equal(two.grad, one.grad)
 
 
 def test_plain_regression_has_no_distributions():
