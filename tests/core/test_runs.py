@@ -156,6 +156,18 @@ def test_stages_start_from_the_one_before_and_are_skipped_when_finished(
     assert runs.checkpoint_file(tmp_path / "run").parent == last
 
 
+def test_a_stage_killed_before_its_first_checkpoint_starts_from_the_one_before(
+    fit, tmp_path: Path
+) -> None:
+    last = fit(tmp_path / "run", recipe="toy/staged")
+    for name in ("best.ckpt", "last.ckpt", "student.safetensors", "metrics.csv", "run.json"):
+        (last / name).unlink()
+    fit(tmp_path / "run", recipe="toy/staged")
+    first = load_checkpoint(last.parent / "1-warm" / "best.ckpt")["state_dict"]
+    second = load_checkpoint(last / "last.ckpt")["state_dict"]  # its learning rate is 0
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_weights_can_be_tested_from_the_last_checkpoint(fit, tmp_path: Path) -> None:
     out = fit(tmp_path / "run", "--evaluate=last", "--trainer.max_epochs=1")
     assert runs.RunFolder(out).info["evaluated"] == "last.ckpt"

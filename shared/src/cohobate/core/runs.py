@@ -240,7 +240,7 @@ def _fit_stage(
             log.info("%s: already finished (%s)", run.path, stage.name)
             return
     model = _model(built)
-    if fresh and source is not None:
+    if source is not None and not run.last.exists():
         weights = checkpoint_file(earlier[source].path if source in earlier else root / source)
         model.load_stage(load_weights(weights))
     _start(recipe, stage, built, resolved, run)
