@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import sys
 from importlib.machinery import ModuleSpec
+from pathlib import Path
+from pickle import UnpicklingError
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -19,6 +23,7 @@ from mmcv.ops.multi_scale_deform_attn import (
     multi_scale_deformable_attn_pytorch,
 )
 from mmdet.models.losses.focal_loss import py_sigmoid_focal_loss
+from mmengine.logging import HistoryBuffer
 
 from cohobate.detection.d_fine.mmdet import compat
 
@@ -39,6 +44,29 @@ def test_compiled_operators_are_preferred(monkeypatch: pytest.MonkeyPatch) -> No
 def test_an_operator_that_is_not_written_names_itself() -> None:
     with pytest.raises(NotImplementedError, match=r"roi_align_forward.*compiled"):
         ops.roi_align(torch.rand(1, 1, 8, 8), torch.tensor([[0.0, 0, 0, 4, 4]]), 2)
+
+
+class Attribute:
+    """Pickled as the attribute of a class, as mmengine's log pickles its methods."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (HistoryBuffer, self.name)
+
+
+def test_a_checkpoint_is_read_as_data(tmp_path: Path) -> None:
+    log = HistoryBuffer([1.0, 2.0], [1, 1])
+    torch.save({"log": log, "one": np.float64(3.0)}, tmp_path / "good.pth")
+    found = torch.load(tmp_path / "good.pth", weights_only=True)
+    assert found["log"].data[0].tolist() == [1.0, 2.0]
+    assert found["log"].statistics("mean") == 1.5
+    torch.save(Attribute("min"), tmp_path / "method.pth")
+    assert torch.load(tmp_path / "method.pth", weights_only=True) is HistoryBuffer.min
+    torch.save(Attribute("__subclasses__"), tmp_path / "bad.pth")
+    with pytest.raises(UnpicklingError, match="__subclasses__"):
+        torch.load(tmp_path / "bad.pth", weights_only=True)
 
 
 @pytest.mark.parametrize("offset", [0, 1])

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import sys
 from importlib.machinery import ModuleSpec
+from pickle import UnpicklingError
 from types import ModuleType
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from mmengine.logging import HistoryBuffer
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import nms as suppress
@@ -62,13 +64,19 @@ def stand_in() -> bool:
 
 def allow_checkpoints() -> None:
     """Let torch read the log that mmengine keeps in its checkpoints, which are data otherwise."""
-    from mmengine.logging.history_buffer import HistoryBuffer
-
     array = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray  # NumPy 1
-    types = {type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32)}
+    kinds = {type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32)}
     torch.serialization.add_safe_globals(
-        [HistoryBuffer, array._reconstruct, array.scalar, np.ndarray, np.dtype, *types]
+        [HistoryBuffer, array._reconstruct, array.scalar, np.ndarray, np.dtype, *kinds]
     )
+    torch.serialization.add_safe_globals([(_statistic, "builtins.getattr")])
+
+
+def _statistic(kind: type, name: str) -> Any:
+    """The log holds four methods of its own class, and a checkpoint may name no other attribute."""
+    if kind is not HistoryBuffer or name not in ("current", "max", "mean", "min"):
+        raise UnpicklingError(f"a checkpoint asks for attribute {name!r} of {kind!r}")
+    return getattr(HistoryBuffer, name)
 
 
 def nms(bboxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
