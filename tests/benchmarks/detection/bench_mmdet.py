@@ -28,7 +28,7 @@ from cohobate.detection.data.synthetic import shapes
 from cohobate.detection.data.voc import find_voc, read_voc
 
 ROOT = Path(__file__).parents[3]
-SIZE = (160, 120)
+SIZE = (128, 96)
 BATCH = 4
 ARMS: dict[str, dict[str, Any]] = {
     "DINO": {"type": "DINO", "head": {"type": "DINOHead"}},
