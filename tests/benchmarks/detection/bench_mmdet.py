@@ -1,4 +1,4 @@
-"""DINO in mmdet with and without FDR and GO-LSD: paired short runs from the same weights' seeds.
+"""DINO in mmdet with and without FDR and GO-LSD: short paired runs on one small set.
 
     python tests/benchmarks/detection/bench_mmdet.py [--root DIR] [--seeds N] [--arms ARM ...]
 
@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,11 +21,13 @@ from typing import Any
 import torch
 from PIL import Image
 
+from cohobate.core.testing.bench import write_rows
 from cohobate.detection.data import Annotated
 from cohobate.detection.data.synthetic import shapes
 from cohobate.detection.data.voc import find_voc, read_voc
 
 ROOT = Path(__file__).parents[3]
+SCRIPT = "tests/benchmarks/detection/bench_mmdet.py"
 SIZE = (128, 96)
 BATCH = 4
 ARMS: dict[str, dict[str, Any]] = {
@@ -54,12 +54,13 @@ def main() -> None:
     parts, name = read(asked.root)
     what = f"{name}, {SIZE[0]} × {SIZE[1]}, {asked.epochs} epochs of {BATCH} images a step"
     rows = json.loads(asked.out.read_text())["rows"] if asked.out.exists() else []
-    rows = [row for row in rows if row["data"] == what and row["seed"] != "mean"]
+    rows = [row for row in rows if row["seed"] != "mean"]
+    done = {(row["arm"], row["seed"], row["data"]) for row in rows}
     with tempfile.TemporaryDirectory() as folder:
         files = {part: as_coco(found, Path(folder) / part) for part, found in parts.items()}
         for seed in range(asked.seeds):
             for arm in asked.arms:
-                if not [row for row in rows if (row["arm"], row["seed"]) == (arm, seed)]:
+                if (arm, seed, what) not in done:
                     found = run(arm, seed, asked.epochs, files, parts, Path(folder) / "run")
                     rows.append({"arm": arm, "seed": seed, **found, "data": what})
                     print(rows[-1], flush=True)
@@ -194,19 +195,13 @@ def data(cfg: Any, files: dict[str, Path], classes: tuple[str, ...]) -> None:
 def write(out: Path, rows: list[Row]) -> None:
     """Write all rows and the arms' means."""
     means = []
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        own = [row for row in rows if row["arm"] == arm]
+    for kind in dict.fromkeys((row["arm"], row["data"]) for row in rows):
+        own = [row for row in rows if (row["arm"], row["data"]) == kind]
         mean = {k: round(statistics.mean(r[k] for r in own), 4) for k in ("AP", "AP50", "AP75")}
         step = round(statistics.mean(row["s a step"] for row in own), 3)
         means.append({**own[0], "seed": "mean", **mean, "s a step": step})
-    content = {
-        "command": "python tests/benchmarks/detection/bench_mmdet.py --root bccd",
-        "machine": f"{platform.machine()}, 1 thread, process seconds",
-        "versions": {n: version(n) for n in ("torch", "mmdet", "mmengine", "cohobate-detection")},
-        "rows": [*rows, *means],
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(content, indent=1) + "\n")
+    packages = ("torch", "mmdet", "mmengine", "cohobate-detection")
+    write_rows(out, f"{SCRIPT} --root BCCD", packages, [*rows, *means])
 
 
 if __name__ == "__main__":
