@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from importlib.machinery import ModuleSpec
@@ -64,7 +65,8 @@ def stand_in() -> bool:
 
 def allow_checkpoints() -> None:
     """Let torch read the log that mmengine keeps in its checkpoints, which are data otherwise."""
-    array = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray  # NumPy 1
+    numpy = "numpy._core" if hasattr(np, "_core") else "numpy.core"  # NumPy 2, NumPy 1
+    array = importlib.import_module(f"{numpy}.multiarray")
     kinds = {type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32)}
     torch.serialization.add_safe_globals(
         [HistoryBuffer, array._reconstruct, array.scalar, np.ndarray, np.dtype, *kinds]

@@ -51,12 +51,11 @@ class FDRHead(DETRHead):
     ) -> None:
         self.reg_max, self.up, self.reg_scale = reg_max, up, reg_scale
         super().__init__(*args, **kwargs)
-        weights = {"up": up, "reg_scale": reg_scale}
-        self.loss_fgl = MODELS.build(loss_fgl, default_args=weights)
+        bins = {"up": up, "reg_scale": reg_scale}
+        self.loss_fgl = MODELS.build(loss_fgl, default_args=bins)
         self.loss_ddf = None if loss_ddf is None else MODELS.build(loss_ddf)
-        union = "none" if loss_ddf is None else "go_lsd"
-        self.criterion = Criterion(union, **weights)
-        self.register_buffer("bins", weighting(reg_max, **weights), persistent=False)
+        self.criterion = Criterion("none" if loss_ddf is None else "go_lsd")
+        self.register_buffer("bins", weighting(reg_max, up, reg_scale), persistent=False)
 
     def _branch(self, numbers: int) -> nn.Sequential:
         width = self.embed_dims
@@ -228,15 +227,16 @@ class FDRDeformableDETRHead(FDRHead, DeformableDETRHead):
         self,
         hidden_states: Tensor,
         references: Refined,
-        enc_outputs_class: Tensor | None,
-        enc_outputs_coord: Tensor | None,
         batch_data_samples: Any,
+        enc_outputs_class: Tensor | None = None,
+        enc_outputs_coord: Tensor | None = None,
+        dn_meta: dict[str, int] | None = None,
     ) -> Losses:
         """As `FDRHead.loss`.
 
         The proposals of two stages are boxes of all tokens and learn as the parent's do.
         """
-        losses: Losses = super().loss(hidden_states, references, batch_data_samples)
+        losses = super().loss(hidden_states, references, batch_data_samples, dn_meta=dn_meta)
         if enc_outputs_class is not None:
             objects = [copy.copy(sample.gt_instances) for sample in batch_data_samples]
             for each in objects:
