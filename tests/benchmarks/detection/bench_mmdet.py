@@ -197,6 +197,8 @@ def write(out: Path, rows: list[Row]) -> None:
     means = []
     for kind in dict.fromkeys((row["arm"], row["data"]) for row in rows):
         own = [row for row in rows if (row["arm"], row["data"]) == kind]
+        if len(own) == 1:
+            continue
         mean = {k: round(statistics.mean(r[k] for r in own), 4) for k in ("AP", "AP50", "AP75")}
         step = round(statistics.mean(row["s a step"] for row in own), 3)
         means.append({**own[0], "seed": "mean", **mean, "s a step": step})

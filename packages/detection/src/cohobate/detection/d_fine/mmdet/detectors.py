@@ -24,6 +24,8 @@ class FDRDeformableDETR(DeformableDETR):
         InputError: The config has ``with_box_refine=False``.
     """
 
+    decoder: Any
+
     def _init_layers(self) -> None:
         if not self.with_box_refine:
             raise InputError("FDRDeformableDETR refines in every layer: set with_box_refine=True")
@@ -42,6 +44,8 @@ class FDRDeformableDETR(DeformableDETR):
 @MODELS.register_module()
 class FDRDINO(DINO):
     """DINO."""
+
+    decoder: Any
 
     def _init_layers(self) -> None:
         decoder = self.decoder
@@ -81,6 +85,8 @@ class FDRDABDETR(DABDETR):
         bbox_head: The parent's.
         **kwargs: The parent's.
     """
+
+    decoder: Any
 
     def __init__(self, *args: Any, decoder: Any, bbox_head: Any, **kwargs: Any) -> None:
         bbox_head["num_pred_layer"] = decoder["num_layers"]

@@ -39,6 +39,9 @@ class FDRHead(DETRHead):
         **kwargs: The parent's.
     """
 
+    pre_branch: Any
+    reg_branches: Any
+
     def __init__(
         self,
         *args: Any,
@@ -148,7 +151,8 @@ class FDRHead(DETRHead):
     @torch.no_grad()
     def _assign(self, outputs: Outputs, samples: Any, sizes: Tensor) -> Tensor:
         """``(O, B, Q)``: the object of each query by the config's assigner, -1 for none."""
-        logits, own = outputs.logits.float(), []
+        logits = outputs.logits.float()
+        own: list[Tensor] = []
         corners = to_xyxy(outputs.boxes.float()) * sizes[:, None]
         for found in zip(logits.flatten(0, 1), corners.flatten(0, 1), strict=True):
             sample = samples[len(own) % len(samples)]
