@@ -152,7 +152,8 @@ def build(session: nox.Session, package: str) -> None:
     shutil.rmtree(dist, ignore_errors=True)
     for name in (CORE, package):
         session.run("uv", "build", "--wheel", f"--out-dir={dist}", str(folder(name)), external=True)
-    session.install("--reinstall", *map(str, dist.glob("*.whl")))
+    ours = [f"--reinstall-package=cohobate-{name}" for name in (CORE, package)]
+    session.install(*ours, *map(str, dist.glob("*.whl")))
     session.chdir(session.create_tmp())
     session.run("python", "-c", f"import cohobate.core, cohobate.{package} as p; print(p.__file__)")
     session.run("cohobate", "list")
