@@ -42,7 +42,7 @@ def main() -> None:
     """Run what is asked for and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--arms", nargs="*", choices=list(ARMS), default=["DINO", "FDRDINO"])
     parser.add_argument("--out", type=Path, default=ROOT / "docs/results/bench-mmdet.json")
