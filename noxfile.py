@@ -79,6 +79,13 @@ def slow(session: nox.Session, package: str) -> None:
 
 
 @nox.session(default=False)
+def mmdet(session: nox.Session) -> None:
+    """Run the tests of D-FINE inside mmdet's detectors, with wheels alone."""
+    install(session, "detection", extra=("-e", f"{folder('detection')}[mmdet]"))
+    session.run("pytest", "tests/detection/d_fine/mmdet", *session.posargs, env=CPU)
+
+
+@nox.session(default=False)
 @nox.parametrize("package", EVERY, ids=EVERY)
 def gpu(session: nox.Session, package: str) -> None:
     """Run the tests that need a CUDA device."""

@@ -93,6 +93,12 @@ class Matched(NamedTuple):
     num_pairs: Tensor
     prefix: str
 
+    @property
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """Matched and unmatched edges of a batch."""
+        on = (self.shared[0] >= 0).sum() * 4
+        return on, self.shared[0].numel() * 4 - on
+
 
 @dataclass(frozen=True)
 class Criterion:
@@ -131,6 +137,7 @@ class Criterion:
         outputs: Outputs,
         targets: Targets,
         denoising: tuple[Outputs, Tensor, int] | None = None,
+        own: Tensor | None = None,
     ) -> list[Matched]:
         """Match the queries of a batch.
 
@@ -139,6 +146,8 @@ class Criterion:
             targets: The batch's objects.
             denoising: Outputs of the denoising queries, the object of each ``(B, D)``, and the
                 number of groups.
+            own: ``(O, B, Q)`` the object of each query, -1 for none, where something else than
+                `MatchCost` has matched each output.
 
         Returns:
             The matching queries, then the denoising ones.
@@ -148,7 +157,8 @@ class Criterion:
         """
         _check_labels(targets, outputs.logits.shape[-1])
         outputs = _float(outputs)
-        own = hungarian(self.cost(outputs.logits, outputs.boxes, targets), targets)
+        if own is None:
+            own = hungarian(self.cost(outputs.logits, outputs.boxes, targets), targets)
         shared = own
         if self.distillation == "go_lsd":
             shared = union(own, targets.labels.shape[1]).expand_as(own)
@@ -178,7 +188,7 @@ class Criterion:
             with torch.autocast(part.outputs.logits.device.type, enabled=False):
                 found = {"vfl": self._vfl(part, targets), **self._boxes(part)}
                 if part.outputs.edges is not None:
-                    found["fgl"] = self._fgl(part)
+                    found["fgl"] = self.fgl(part)
             terms |= _named(found, names)
         return terms
 
@@ -189,11 +199,11 @@ class Criterion:
             matched: From `match`.
         """
         terms: Terms = {}
-        counts = _counts(matched[0].shared)
+        counts = matched[0].counts
         for part in matched:
             with torch.autocast(part.outputs.logits.device.type, enabled=False):
                 if self.distillation == "go_lsd":
-                    found = {"ddf": self._ddf(part, counts)}
+                    found = {"ddf": self.ddf(part, counts)}
                 elif self.distillation == "localization":
                     found = {"ld": self._localization(part)}
                 elif self.distillation == "logits":
@@ -226,7 +236,12 @@ class Criterion:
         total = both.new_zeros(outputs, 2).index_add(0, pairs.place[0], both) / part.num_pairs
         return {"bbox": total[:, 0], "giou": total[:, 1]}
 
-    def _fgl(self, part: Matched) -> Tensor:
+    def fgl(self, part: Matched) -> Tensor:
+        """FGL of each layer ``(L,)``.
+
+        Args:
+            part: Matching or denoising queries.
+        """
         edges, reference = part.outputs.edges, part.outputs.reference
         assert edges is not None
         assert reference is not None
@@ -240,7 +255,13 @@ class Criterion:
         loss = loss * part.pairs.iou[among]
         return loss.new_zeros(len(edges)).index_add(0, layer, loss) / part.num_pairs
 
-    def _ddf(self, part: Matched, counts: tuple[Tensor, Tensor]) -> Tensor:
+    def ddf(self, part: Matched, counts: tuple[Tensor, Tensor]) -> Tensor:
+        """DDF of each layer but the last ``(L - 1,)``; of denoising queries a 0 after them.
+
+        Args:
+            part: Matching or denoising queries.
+            counts: K_m and K_u, those of the matching queries.
+        """
         edges, last = part.outputs.edges, part.outputs.layers - 1
         assert edges is not None
         confidence = part.outputs.logits[last].detach().sigmoid().amax(-1)
@@ -305,12 +326,6 @@ def _pairs(outputs: Outputs, match: Tensor, targets: Targets) -> Pairs:
     true = targets.boxes[image, match[place]]
     iou, giou = overlap(to_xyxy(outputs.boxes[place]), to_xyxy(true))
     return Pairs(place, true, iou.detach(), giou)
-
-
-def _counts(match: Tensor) -> tuple[Tensor, Tensor]:
-    """Matched and unmatched edges of a batch."""
-    on = (match[0] >= 0).sum() * 4
-    return on, match[0].numel() * 4 - on
 
 
 def _float(outputs: Outputs) -> Outputs:
