@@ -27,6 +27,16 @@ VARIANTS: dict[Variant, tuple[float, float]] = {
 STRIDE = 32
 
 
+def channels_of(variant: Variant) -> int:
+    """Channels of the last feature map.
+
+    Example:
+        >>> channels_of("l"), channels_of("t")
+        (1024, 384)
+    """
+    return int(1024 * VARIANTS[variant][0])
+
+
 class RTMPose(nn.Module):
     """Key points of one person in the middle of an image.
 
