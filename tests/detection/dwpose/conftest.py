@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,18 @@ from torch import Tensor, nn
 from cohobate.core.testing import golden
 
 GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parents[3]
+DATA = Path(os.environ.get("COHOBATE_RECORDINGS", ROOT.parent / "shared/data"))
 Record = dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def mini() -> Path:
+    """Four images of COCO-WholeBody, which the project does not ship."""
+    folder = DATA / "coco_wholebody_mini"
+    if not folder.is_dir():
+        pytest.skip(f"{folder.name} is not here")
+    return folder
 
 
 @pytest.fixture

@@ -1,22 +1,22 @@
 from __future__ import annotations
 
 import math
-import os
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from cohobate.detection.dwpose import synthetic
 from cohobate.detection.dwpose.keypoints import BODY, WHOLEBODY, by_names, to_openpose
-from cohobate.detection.dwpose.metrics import STATS, PoseScores, average_precision, keep_distinct
+from cohobate.detection.dwpose.metrics import (
+    STATS,
+    PoseScores,
+    average_precision,
+    extents,
+    keep_distinct,
+)
 from cohobate.detection.dwpose.people import read_people
 
-MINI = Path(
-    os.environ.get(
-        "COCO_WHOLEBODY_MINI", Path(__file__).parents[4] / "shared/data/coco_wholebody_mini"
-    )
-)
-with_mini = pytest.mark.skipif(not MINI.is_dir(), reason="the four-image sample is not here")
 
 
 def test_key_points_of_the_official_code(recorded):
@@ -37,14 +37,11 @@ def test_openpose_order_of_the_official_code(recorded):
     np.testing.assert_allclose(scores, record["out_scores"], rtol=1e-12)
 
 
-@with_mini
 @pytest.mark.parametrize("part", ["body", "foot", "face", "lefthand", "righthand", "wholebody"])
 @pytest.mark.parametrize("case", [0, 1])
-def test_average_precision_of_the_official_code(recorded, case, part):
-    from dataclasses import replace
-
+def test_average_precision_of_the_official_code(recorded, mini, case, part):
     record = recorded(f"ap_{case}")
-    people, kinds = read_people(MINI / "wholebody.json", MINI / "images")
+    people, kinds = read_people(mini / "wholebody.json", mini / "images")
     assert kinds is WHOLEBODY
     places = WHOLEBODY.parts[part]
     place = {photo.id: n for n, photo in enumerate(people.photos)}
@@ -52,7 +49,7 @@ def test_average_precision_of_the_official_code(recorded, case, part):
     found = average_precision(
         replace(people, points=people.points[:, places]), photo,
         record["pred_keypoints"].numpy()[:, places], record["pred_score"].numpy(),
-        np.array(WHOLEBODY.sigmas)[places],
+        np.array(WHOLEBODY.sigmas)[places], extents(record["pred_keypoints"].numpy(), WHOLEBODY),
     )  # fmt: skip
     for name, wanted in zip(STATS, record[f"stats_{part}"].tolist(), strict=True):
         if wanted == -1:
@@ -70,15 +67,11 @@ def test_doubles_are_one_person():
 
 
 def test_nobody_found_and_nobody_there():
-    from cohobate.detection.dwpose import synthetic
-
     people = synthetic.figures(3, 0)
     nothing = PoseScores(people, people, synthetic.KINDS).summary()
     assert nothing["ap"] == 0.0
     hidden = people.points.copy()
     hidden[..., 2] = 0
-    from dataclasses import replace
-
     blank = replace(people, points=hidden)
     scores = PoseScores(blank, blank, synthetic.KINDS)
     scores.add(np.arange(3), np.ones((3, 33, 3)))
@@ -88,8 +81,6 @@ def test_nobody_found_and_nobody_there():
 
 
 def test_perfect_points():
-    from cohobate.detection.dwpose import synthetic
-
     people = synthetic.figures(4, 1)
     scores = PoseScores(people, people, synthetic.KINDS)
     points = people.points.copy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,9 @@ _EPS = np.spacing(1)
 
 
 def average_precision(
-    truth: People, photo: np.ndarray, points: np.ndarray, scores: np.ndarray, sigmas: np.ndarray
-) -> dict[str, float]:
+    truth: People, photo: np.ndarray, points: np.ndarray, scores: np.ndarray, sigmas: np.ndarray,
+    areas: np.ndarray,
+) -> dict[str, float]:  # fmt: skip
     """COCO's key point AP and AR.
 
     People without an annotated point are ignored, detections without a positive point left out, at
@@ -31,6 +33,8 @@ def average_precision(
         points: ``(n, K, 3)`` x, y in its pixels and score.
         scores: ``(n,)`` of the detections.
         sigmas: ``(K,)`` of the points.
+        areas: ``(n,)`` of the detections, which decide whether one that found nobody counts among
+            the medium or the large; `extents` of the body, whatever the part.
 
     Returns:
         AP and AR over 0.50:0.95, at 0.50, at 0.75, of medium and of large people; NaN where there
@@ -64,14 +68,29 @@ def average_precision(
     ]
     kind = {"id": 1, "name": "person"}
     coco = COCO({"images": images, "annotations": rows, "categories": [kind]})
+    results = coco.loadRes(found)
+    kept = areas[(points[..., 2] > 0).any(1)]
+    for one, area in zip(results.dataset["annotations"], kept.tolist(), strict=True):
+        one["area"] = area  # the library takes that of the part
     evaluation = COCOeval_faster(
-        coco, coco.loadRes(found), iouType="keypoints", kpt_oks_sigmas=list(sigmas)
+        coco, results, iouType="keypoints", kpt_oks_sigmas=list(sigmas)
     )
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
     values = [float(v) for v in evaluation.stats[: len(STATS)]]
     return {n: v if v >= 0 else float("nan") for n, v in zip(STATS, values, strict=True)}
+
+
+def extents(points: np.ndarray, kinds: KeypointSet) -> np.ndarray:
+    """Areas ``(n,)`` of the rectangles around people's body points, or all where no part is so.
+
+    Args:
+        points: ``(n, K, 2 or more)``.
+        kinds: The key points.
+    """
+    spots = points[:, kinds.parts.get("body", list(range(points.shape[1]))), :2]
+    return np.ptp(spots, axis=1).prod(-1) if len(spots) else np.zeros(0)
 
 
 def oks(
@@ -162,15 +181,15 @@ class PoseScores:
         points = np.concatenate(self._points) if self._points else np.zeros(shape)
         found = self._ranked(rows, points) if len(rows) else (rows, points, np.zeros(0))
         sigmas = np.array(self.kinds.sigmas)
-        scores = average_precision(self.truth, *found, sigmas)
+        areas = extents(found[1], self.kinds)
+        scores = average_precision(self.truth, *found, sigmas, areas)
         if parts:
             for name, places in self.kinds.parts.items():
                 if name == "wholebody":
                     continue
-                part = self.truth.take(np.arange(len(self.truth)))
-                part = _points_of(part, places)
+                part = replace(self.truth, points=self.truth.points[:, places])
                 one = average_precision(
-                    part, found[0], found[1][:, places], found[2], sigmas[places]
+                    part, found[0], found[1][:, places], found[2], sigmas[places], areas
                 )
                 scores |= {f"ap_{name}": one["ap"], f"ar_{name}": one["ar"]}
         return scores | self._distances(rows, points, sigmas)
@@ -210,9 +229,3 @@ class PoseScores:
             "oks": float(similar.mean()), "pck": float((away < _NEAR).mean()),
             "error": float(away.mean()),
         }  # fmt: skip
-
-
-def _points_of(people: People, places: list[int]) -> People:
-    from dataclasses import replace
-
-    return replace(people, points=people.points[:, places])

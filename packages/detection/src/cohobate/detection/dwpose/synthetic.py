@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -19,6 +21,7 @@ DESCRIPTION = (
 _FINE = 3  # drawn larger, then shrunk
 
 
+@lru_cache(maxsize=4)
 def figures(count: int, seed: int) -> People:
     """Draw people, one a picture.
 
