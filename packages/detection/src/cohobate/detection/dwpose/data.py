@@ -144,7 +144,8 @@ class PoseData(pl.LightningDataModule):
             in ``train2017``), or with one JSON and ``images``; None is the embedded SYNTHETIC set.
         ubody: UBody's folder (``annotations/<scene>/keypoint_annotation.json``, images in
             ``images/<scene>``): all scenes are added to the training people.
-        boxes: JSON list of detected people for validation and test; by default the annotated boxes.
+        boxes: JSON list of detected people for the test; by default the annotated boxes, on which the
+            checkpoint is always chosen.
         size: Width and height of the input, multiples of 32.
         batch_size: People a step.
         augment: Of training crops; None changes nothing.
@@ -195,7 +196,7 @@ class PoseData(pl.LightningDataModule):
             self.parts["train"] = join(
                 [self.parts["train"], *_read_ubody(ubody, self.keypoints)]
             )
-        self.boxed = {part: _boxed(self.parts[part], boxes) for part in ("val", "test")}
+        self.boxed = {"val": _boxed(self.parts["val"]), "test": _boxed(self.parts["test"], boxes)}
         self._train = self.parts["train"].trainable()
         if not len(self._train):
             raise InputError(f"{root}: nobody with a key point and a box for training")
@@ -240,12 +241,11 @@ class PoseData(pl.LightningDataModule):
         )
 
 
-def _boxed(truth: People, boxes: Path | None) -> People:
-    """Whose crops are looked at; the truth itself where it may be, so that distances are known."""
+def _boxed(truth: People, boxes: Path | None = None) -> People:
+    """Whose crops are looked at."""
     if boxes is not None:
         return read_boxes(boxes, truth)
-    usable = truth.boxed & ~truth.crowd
-    return truth if usable.all() else truth.take(np.flatnonzero(usable))
+    return truth.take(np.flatnonzero(truth.boxed & ~truth.crowd))
 
 
 def _read(root: Path) -> tuple[dict[str, People], KeypointSet]:

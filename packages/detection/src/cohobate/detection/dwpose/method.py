@@ -101,7 +101,7 @@ class DWPose(DistillModule):
     """
 
     from_data: ClassVar[tuple[str, ...]] = ("keypoints", "size")
-    monitor: ClassVar[str] = "val/ap"
+    monitor: ClassVar[str] = "val/oks"
     mode: ClassVar[str] = "max"
 
     def __init__(
@@ -164,6 +164,7 @@ class DWPose(DistillModule):
         self.lr, self.weight_decay, self.warmup = lr, weight_decay, warmup
         self.flat, self.final, self.flip_test = flat, final, flip_test
         self._scores: PoseScores | None = None
+        self.train()  # the trainer keeps the modes it finds
 
     @property
     def student(self) -> nn.Module:
@@ -230,6 +231,11 @@ class DWPose(DistillModule):
 
     # --- training -----------------------------------------------------------------------------
 
+    @property
+    def untouched(self) -> bool:
+        """Whether there is nothing to train: ``head`` without lessons."""
+        return self.stage == "head" and not self.taught
+
     def on_train_start(self) -> None:
         """Say what is missing before the first step."""
         if self.taught and self.teacher is None:
@@ -237,8 +243,8 @@ class DWPose(DistillModule):
             raise InputError(f"stage {self.stage}: has no teacher, give model.{option} a file")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
-        """``head`` without lessons has nothing to train: leave the epoch at once."""
-        return -1 if self.stage == "head" and not self.taught else None
+        """Leave the epoch at once when there is nothing to train."""
+        return -1 if self.untouched else None
 
     @property
     def progress(self) -> float:
@@ -292,7 +298,9 @@ class DWPose(DistillModule):
             {"params": [p for (_, p), s in zip(named, spared, strict=True) if s],
              "weight_decay": 0.0},
         ]  # fmt: skip
-        optimizer = torch.optim.AdamW(groups, self.lr)
+        optimizer = torch.optim.AdamW(groups, self.lr, fused=True)
+        if self.untouched:
+            return optimizer
         total = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: self._rate(n, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

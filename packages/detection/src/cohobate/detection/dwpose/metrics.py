@@ -148,7 +148,8 @@ class PoseScores:
 
     Args:
         truth: The annotated people.
-        boxed: Whose boxes were looked at: the same people, or detections.
+        boxed: Whose boxes are looked at: some of the same people, or detections, whose points are
+            none.
         kinds: The key points.
     """
 
@@ -170,8 +171,8 @@ class PoseScores:
     def summary(self, parts: bool = True) -> dict[str, float]:
         """``ap``, ``ar`` … of all points, ``ap_<part>``, ``ar_<part>``, and what does not need a
         ranking: ``oks``, the mean over people, ``pck``, the share of points within 0.05 of the
-        box's longer side, and ``error``, their mean distance in shares of it. The last three need
-        annotated boxes.
+        box's longer side, and ``error``, their mean distance in shares of it. The last three are
+        NaN where the boxes are not annotated.
 
         Args:
             parts: Whether to score the parts by themselves.
@@ -215,9 +216,7 @@ class PoseScores:
     def _distances(
         self, rows: np.ndarray, points: np.ndarray, sigmas: np.ndarray
     ) -> dict[str, float]:
-        if self.boxed is not self.truth or not len(rows):
-            return {}
-        truth = self.truth.take(rows)
+        truth = self.boxed.take(rows)
         side = truth.boxes[:, 2:].max(1)
         away = np.linalg.norm(points[..., :2] - truth.points[..., :2], axis=-1) / side[:, None]
         away = away[truth.points[..., 2] > 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 from functools import lru_cache
 
 import numpy as np
@@ -19,6 +20,7 @@ DESCRIPTION = (
     f"tips): {TRAIN} train, {VAL} val, {TEST} test people, pictures of {WIDTH} × {HEIGHT} pixels"
 )
 _FINE = 3  # drawn larger, then shrunk
+_SUIT = {"shirt": 0.15, "arms": 0.33, "legs": 0.6, "shoes": 0.9}
 
 
 @lru_cache(maxsize=4)
@@ -107,27 +109,34 @@ def _pose(rng: np.random.Generator) -> np.ndarray:
 def _ground(rng: np.random.Generator) -> Image.Image:
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     wave = np.sin(x * rng.uniform(0.02, 0.2) + y * rng.uniform(0.02, 0.2))
-    ground = rng.uniform(40, 200, 3) + 30 * wave[..., None]
+    ground = rng.uniform(70, 170) + rng.uniform(-15, 15, 3) + 30 * wave[..., None]
     image = Image.fromarray(ground.clip(0, 255).astype(np.uint8))
     image = image.resize((WIDTH * _FINE, HEIGHT * _FINE))
     draw = ImageDraw.Draw(image)
     for _ in range(rng.integers(2, 7)):  # sticks that look like limbs
         ends = (rng.random(4) * np.tile(image.size, 2)).tolist()
-        draw.line(ends, fill=_colour(rng), width=int(rng.integers(2, 7)) * _FINE)
+        grey = (int(rng.integers(30, 230)),) * 3
+        draw.line(ends, fill=grey, width=int(rng.integers(2, 7)) * _FINE)
     return image
 
 
-def _colour(rng: np.random.Generator) -> tuple[int, int, int]:
-    r, g, b = rng.integers(0, 256, 3).tolist()
-    return r, g, b
+def _colours(rng: np.random.Generator) -> dict[str, tuple[int, int, int]]:
+    """A suit whose parts have each their hue: what takes days to learn from photographs takes
+    minutes here.
+    """
+    found = {}
+    for name, hue in _SUIT.items():
+        wheel = (hue + rng.uniform(-0.025, 0.025)) % 1.0
+        rgb = colorsys.hsv_to_rgb(wheel, rng.uniform(0.6, 1.0), rng.uniform(0.7, 1.0))
+        found[name] = (round(rgb[0] * 255), round(rgb[1] * 255), round(rgb[2] * 255))
+    return found
 
 
 def _paint(image: Image.Image, joints: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Draw the person; which points are hidden behind something."""
     draw, p = ImageDraw.Draw(image), [tuple(v) for v in (joints * _FINE).tolist()]
-    skin = tuple(int(c * rng.uniform(0.5, 1.0)) for c in (250, 205, 175))
-    shirt, trousers, shoes = _colour(rng), _colour(rng), _colour(rng)
-    sleeve = shirt if rng.random() < 0.5 else skin
+    suit = _colours(rng)
+    skin = tuple(int(c * rng.uniform(0.7, 1.0)) for c in (250, 205, 175))
 
     def limb(points: list[int], colour: tuple[int, ...], width: float) -> None:
         wide = round(width * _FINE)
@@ -137,11 +146,11 @@ def _paint(image: Image.Image, joints: np.ndarray, rng: np.random.Generator) -> 
             draw.ellipse([x - wide / 2, y - wide / 2, x + wide / 2, y + wide / 2], fill=colour)
 
     for s in (0, 1):
-        limb([11 + s, 13 + s, 15 + s], trousers, 7)
-        limb([19 + 3 * s, 15 + s, 17 + 3 * s], shoes, 4)
-        limb([18 + 3 * s, 15 + s], shoes, 3)
-    draw.polygon([p[5], p[6], p[12], p[11]], fill=shirt)
-    limb([5, 6, 12, 11, 5], shirt, 6)
+        limb([11 + s, 13 + s, 15 + s], suit["legs"], 7)
+        limb([19 + 3 * s, 15 + s, 17 + 3 * s], suit["shoes"], 4)
+        limb([18 + 3 * s, 15 + s], suit["shoes"], 3)
+    draw.polygon([p[5], p[6], p[12], p[11]], fill=suit["shirt"])
+    limb([5, 6, 12, 11, 5], suit["shirt"], 6)
     x, y = p[0]
     wide = float(np.linalg.norm(joints[3] - joints[4])) * _FINE / 2
     draw.ellipse([x - wide, y - 1.3 * wide, x + wide, y + 1.2 * wide], fill=skin)
@@ -150,14 +159,13 @@ def _paint(image: Image.Image, joints: np.ndarray, rng: np.random.Generator) -> 
         draw.ellipse([ex - _FINE, ey - _FINE, ex + _FINE, ey + _FINE], fill=(20, 20, 30))
     draw.ellipse([x - _FINE, y - _FINE, x + _FINE, y + _FINE], fill=(150, 60, 50))
     for s in (0, 1):
-        limb([5 + s, 7 + s], shirt, 6)
-        limb([7 + s, 9 + s], sleeve, 5)
+        limb([5 + s, 7 + s, 9 + s], suit["arms"], 6)
         for tip in range(5):
             limb([9 + s, 23 + 5 * s + tip], skin, 1.6)
     hidden = np.zeros(len(joints), bool)
     if rng.random() < 0.3:  # something in front
         low = rng.random(2) * (WIDTH, HEIGHT) * 0.8
         high = low + rng.uniform(12, 34, 2)
-        draw.rectangle([*(low * _FINE).tolist(), *(high * _FINE).tolist()], fill=_colour(rng))
+        draw.rectangle([*(low * _FINE).tolist(), *(high * _FINE).tolist()], fill=(90, 90, 90))
         hidden = ((joints > low) & (joints < high)).all(1)
     return hidden
