@@ -113,7 +113,7 @@ def test_ubody_is_added(folder, tmp_path):
     train = data.parts["train"]
     assert len(train) == 1 + 4
     assert train.photos[train.photo[-1]].path.parent.name == "Singing"
-    with pytest.raises(InputError, match="no annotations/<scene>/keypoint_annotation.json"):
+    with pytest.raises(InputError, match=r"no annotations/<scene>/keypoint_annotation\.json"):
         PoseData(root, ubody=tmp_path, size=SIZE)
 
 
@@ -159,9 +159,7 @@ FAULTS = {
     "is not [x, y, width, height]": {"annotations": [entry(1, box=(1, 2, 3))]},
     "keypoints needs 51 numbers": {"annotations": [entry(1, keypoints=[1, 2, 3])]},
     "'foot_kpts' is missing": {"annotations": [entry(1, face_kpts=[0] * 204)]},
-    "a key point is not a number": {
-        "annotations": [entry(1, keypoints=[float("nan"), 0, 2] * 17)]
-    },
+    "a key point is not a number": {"annotations": [entry(1, keypoints=[float("nan"), 0, 2] * 17)]},
     "a box is not a number": {"annotations": [entry(1, box=(float("inf"), 0, 2, 3))]},
     "0 categories name key points": {"categories": []},
 }
@@ -220,9 +218,7 @@ def test_pixels_and_points_move_together(angle, mirrored):
 
 def test_a_mirror_image_exchanges_left_and_right():
     people = figures(1, 5)
-    augment = Augment(
-        flip=1.0, half_body=0.0, shift_chance=0.0, scale=(1, 1), rotate_chance=0.0
-    )
+    augment = Augment(flip=1.0, half_body=0.0, shift_chance=0.0, scale=(1, 1), rotate_chance=0.0)
     rng = np.random.default_rng(0)
     crop, points = augment.place(people.boxes[0], people.points[0], KINDS, 104, SIZE, rng)
     assert crop.mirrored

@@ -18,7 +18,6 @@ from cohobate.detection.dwpose.metrics import (
 from cohobate.detection.dwpose.people import read_people
 
 
-
 def test_key_points_of_the_official_code(recorded):
     record = recorded("wholebody_meta")
     assert WHOLEBODY.names == record["names"].tolist()

@@ -87,7 +87,9 @@ def test_network_t_of_the_official_code(recorded, fill):
 def test_parameters_of_the_paper(variant, backbone, total):
     with torch.device("meta"):
         network = RTMPose(variant, 133, (192, 256))
-    millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (network.backbone, network)]
+    millions = [
+        sum(p.numel() for p in part.parameters()) / 1e6 for part in (network.backbone, network)
+    ]
     assert millions[0] == pytest.approx(backbone, abs=6e-4)
     assert total is None or millions[1] == pytest.approx(total, abs=6e-4)
 

@@ -4,10 +4,12 @@ import json
 
 import av
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
 from cohobate.core.io import load_checkpoint
+from cohobate.core.runs import load_run
 from cohobate.core.testing import assert_one_line, run_command
 from cohobate.detection.dwpose import WHOLEBODY, DWPose, RTMPose, encode
 from cohobate.detection.dwpose.plots import draw_people
@@ -55,7 +57,9 @@ def test_a_perfect_network_finds_the_points_again():
     poser = Poser(lambda images: labels, SIZE, KINDS)
     found = poser.find(people.photos[0].read(), people.boxes, torch.device("cpu"))
     # half a bin of a quarter of a pixel in the crop
-    np.testing.assert_allclose(found[0, :, :2], people.points[0, :, :2], atol=0.3 * crop.extent[0] / SIZE[0])
+    np.testing.assert_allclose(
+        found[0, :, :2], people.points[0, :, :2], atol=0.3 * crop.extent[0] / SIZE[0]
+    )
 
 
 def test_predict_on_pictures(run, photos, tmp_path):
@@ -135,12 +139,30 @@ def test_released_weights_come_back(run, released, tmp_path):
     assert all(torch.equal(one[k], other[k]) for k in {**one, **other})
 
 
-def test_an_onnx_model_gives_the_points_of_its_network(run, photos, tmp_path):
-    from cohobate.core.runs import load_run
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
     from cohobate.detection.dwpose.commands import give_pose
 
-    file = tmp_path / "pose.onnx"
-    give_pose(run, file)
+    file = tmp_path_factory.mktemp("onnx") / "pose.onnx"
+    assert give_pose(run, file) is None
+    return file
+
+
+def test_onnx_has_names_and_shapes_of_the_released_models(run, exported):
+    session = onnxruntime.InferenceSession(exported, providers=["CPUExecutionProvider"])
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    assert [(x.name, x.shape) for x in inputs] == [("input", [1, 3, 256, 192])]
+    wanted = [("simcc_x", [1, 133, 384]), ("simcc_y", [1, 133, 512])]
+    assert [(x.name, x.shape) for x in outputs] == wanted
+    images = torch.randn(1, 3, 256, 192, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected = load_run(run).network(images)
+    for one, other in zip(expected, session.run(None, {"input": images.numpy()}), strict=True):
+        np.testing.assert_allclose(other, one.numpy(), atol=1e-4, rtol=1e-4)
+
+
+def test_an_onnx_model_gives_the_points_of_its_network(run, exported, photos, tmp_path):
+    file = exported
     done = run_command(
         "pose", file, tmp_path / "out", f"[{photos / '0000.png'}]", domain="detection"
     )

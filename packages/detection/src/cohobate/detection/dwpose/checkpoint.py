@@ -46,7 +46,9 @@ def merge(weights: Weights) -> Weights:
     own = {k.removeprefix("network."): v for k, v in weights.items() if k.startswith("network.")}
     if own:
         return own
-    student = {k.removeprefix("student."): v for k, v in weights.items() if k.startswith("student.")}
+    student = {
+        k.removeprefix("student."): v for k, v in weights.items() if k.startswith("student.")
+    }
     if not student:
         return {k: v for k, v in weights.items() if k.startswith(("backbone.", "head."))}
     if any(k.startswith("backbone.") for k in student) and not _second_stage(weights):

@@ -110,9 +110,7 @@ class Crops(Dataset[Sample]):
             rng = np.random.default_rng(int(getattr(index, "seed", 0)))
             late = self.late_epoch is not None and self._epoch >= self.late_epoch
             augment = LATE if late else self.augment
-            crop, points = augment.place(
-                box, points, self.kinds, pixels.shape[1], self.size, rng
-            )
+            crop, points = augment.place(box, points, self.kinds, pixels.shape[1], self.size, rng)
             image = augment.paint(cut(pixels, crop, self.size), rng)
         places = moved(points[:, :2], crop.matrix(self.size, pixels.shape[1]))
         return Sample(
@@ -144,8 +142,8 @@ class PoseData(pl.LightningDataModule):
             in ``train2017``), or with one JSON and ``images``; None is the embedded SYNTHETIC set.
         ubody: UBody's folder (``annotations/<scene>/keypoint_annotation.json``, images in
             ``images/<scene>``): all scenes are added to the training people.
-        boxes: JSON list of detected people for the test; by default the annotated boxes, on which the
-            checkpoint is always chosen.
+        boxes: JSON list of detected people for the test; by default the annotated boxes, on which
+            the checkpoint is always chosen.
         size: Width and height of the input, multiples of 32.
         batch_size: People a step.
         augment: Of training crops; None changes nothing.
@@ -193,9 +191,7 @@ class PoseData(pl.LightningDataModule):
             read, self.keypoints = _read(Path(root))
             self.parts = _split(read, held_out)
         if ubody is not None:
-            self.parts["train"] = join(
-                [self.parts["train"], *_read_ubody(ubody, self.keypoints)]
-            )
+            self.parts["train"] = join([self.parts["train"], *_read_ubody(ubody, self.keypoints)])
         self.boxed = {"val": _boxed(self.parts["val"]), "test": _boxed(self.parts["test"], boxes)}
         self._train = self.parts["train"].trainable()
         if not len(self._train):

@@ -75,9 +75,7 @@ def _wholebody() -> KeypointSet:
         "righthand": (112, 133), "wholebody": (0, 133),
     }  # fmt: skip
     parts = {name: list(range(*ends)) for name, ends in bounds.items()}
-    return KeypointSet(
-        **content, parts=parts, upper=list(range(11)), lower=list(range(11, 23))
-    )
+    return KeypointSet(**content, parts=parts, upper=list(range(11)), lower=list(range(11, 23)))
 
 
 WHOLEBODY = _wholebody()

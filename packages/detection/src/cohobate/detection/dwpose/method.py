@@ -78,8 +78,8 @@ class DWPose(DistillModule):
         teacher_variant: Its size, in the stage ``distil``.
         teacher_bn: ``eval`` keeps the teacher as it is; ``train`` normalises by batches and lets
             its running statistics drift, as the released code does in both stages.
-        lessons: Which of the two stages teach. ``distil`` without lessons trains on labels, ``head``
-            without lessons leaves the network as it is.
+        lessons: Which of the two stages teach. ``distil`` without lessons trains on labels,
+            ``head`` without lessons leaves the network as it is.
         alpha: Weight of the feature loss.
         logit_weight: Weight of the logit loss; by default 0.1 in ``distil`` and 1 in ``head``.
         decay: Whether the distillation terms of ``distil`` fall with the epochs.
@@ -287,9 +287,7 @@ class DWPose(DistillModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW: linear warm-up, constant, cosine."""
-        norms = {
-            id(p) for m in self.modules() if isinstance(m, _BatchNorm) for p in m.parameters()
-        }
+        norms = {id(p) for m in self.modules() if isinstance(m, _BatchNorm) for p in m.parameters()}
         named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
         spared = [id(p) in norms or n.endswith(".bias") for n, p in named]
         groups = [

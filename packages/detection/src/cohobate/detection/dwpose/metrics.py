@@ -72,9 +72,7 @@ def average_precision(
     kept = areas[(points[..., 2] > 0).any(1)]
     for one, area in zip(results.dataset["annotations"], kept.tolist(), strict=True):
         one["area"] = area  # the library takes that of the part
-    evaluation = COCOeval_faster(
-        coco, results, iouType="keypoints", kpt_oks_sigmas=list(sigmas)
-    )
+    evaluation = COCOeval_faster(coco, results, iouType="keypoints", kpt_oks_sigmas=list(sigmas))
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
@@ -93,9 +91,7 @@ def extents(points: np.ndarray, kinds: KeypointSet) -> np.ndarray:
     return np.ptp(spots, axis=1).prod(-1) if len(spots) else np.zeros(0)
 
 
-def oks(
-    found: np.ndarray, truth: np.ndarray, areas: np.ndarray, sigmas: np.ndarray
-) -> np.ndarray:
+def oks(found: np.ndarray, truth: np.ndarray, areas: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
     """Object keypoint similarity of people one by one; the shapes broadcast.
 
     Args:
@@ -109,7 +105,8 @@ def oks(
 
     Example:
         >>> truth = np.array([[[0.0, 0, 2], [10, 0, 2]]])
-        >>> round(float(oks(truth[..., :2] + 1, truth, np.array([100.0]), np.array([0.1, 0.1]))[0]), 4)
+        >>> found = oks(truth[..., :2] + 1, truth, np.array([100.0]), np.array([0.1, 0.1]))
+        >>> round(float(found[0]), 4)
         0.7788
     """
     squared = ((found - truth[..., :2]) ** 2).sum(-1)
@@ -120,7 +117,9 @@ def oks(
     return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
 
 
-def keep_distinct(points: np.ndarray, scores: np.ndarray, areas: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
+def keep_distinct(
+    points: np.ndarray, scores: np.ndarray, areas: np.ndarray, sigmas: np.ndarray
+) -> np.ndarray:
     """Non-maximum suppression by OKS among the people of one picture.
 
     Args:
@@ -169,10 +168,12 @@ class PoseScores:
         self._points.append(points)
 
     def summary(self, parts: bool = True) -> dict[str, float]:
-        """``ap``, ``ar`` … of all points, ``ap_<part>``, ``ar_<part>``, and what does not need a
-        ranking: ``oks``, the mean over people, ``pck``, the share of points within 0.05 of the
-        box's longer side, and ``error``, their mean distance in shares of it. The last three are
-        NaN where the boxes are not annotated.
+        """All scores.
+
+        ``ap``, ``ar`` … of all points, ``ap_<part>``, ``ar_<part>``, and what needs no ranking:
+        ``oks``, the mean over people, ``pck``, the share of points within 0.05 of the box's longer
+        side, and ``error``, their mean distance in shares of it. The last three are NaN where the
+        boxes are not annotated.
 
         Args:
             parts: Whether to score the parts by themselves.

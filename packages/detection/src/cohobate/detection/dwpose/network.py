@@ -88,6 +88,7 @@ class ConvModule(nn.Module):
         self.activate = nn.SiLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps of the input's size over the stride."""
         return self.activate(self.bn(self.conv(x)))
 
 
@@ -201,6 +202,7 @@ class ScaleNorm(nn.Module):
         self.g = nn.Parameter(torch.ones(1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Of the last axis."""
         length = x.norm(dim=-1, keepdim=True) * self.scale
         return x / length.clamp(min=1e-5) * self.g
 
@@ -234,6 +236,7 @@ class GatedAttention(nn.Module):
         self.res_scale = _Scale(width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Tokens ``(B, K, width)`` of tokens of the same shape."""
         u, v, base = self.act(self.uv(self.ln(x))).split(self.parts, -1)
         q, k = (base[:, :, None] * self.gamma + self.beta).unbind(2)
         kernel = (q @ k.transpose(1, 2) * self.parts[2] ** -0.5).relu().square()
@@ -270,5 +273,6 @@ class RTMCCHead(nn.Module):
                 nn.init.normal_(layer.weight, std=0.01)
 
     def forward(self, features: Tensor) -> SimCC:
+        """Logits of features ``(B, C, h, w)``."""
         tokens = self.gau(self.mlp(self.final_layer(features).flatten(2)))
         return SimCC(self.cls_x(tokens), self.cls_y(tokens))

@@ -102,7 +102,9 @@ def _pose(rng: np.random.Generator) -> np.ndarray:
         feet = [ankle + 0.085 * toe, ankle + 0.08 * _turn(toe, s * 25), ankle + 0.035 * shin]
         chains[side] = [shoulder, elbow, wrist, leg, knee, ankle, *feet, *tips]
     body = [chains[side][n] for n in range(6) for side in ("left", "right")]
-    rest = [chains[side][n] for group in (range(6, 9), range(9, 14)) for side in chains for n in group]
+    rest = [
+        chains[side][n] for group in (range(6, 9), range(9, 14)) for side in chains for n in group
+    ]
     return np.array([*face, *body, *rest])
 
 
@@ -121,9 +123,7 @@ def _ground(rng: np.random.Generator) -> Image.Image:
 
 
 def _colours(rng: np.random.Generator) -> dict[str, tuple[int, int, int]]:
-    """A suit whose parts have each their hue: what takes days to learn from photographs takes
-    minutes here.
-    """
+    """A suit whose parts have each their hue, so that little training teaches something."""
     found = {}
     for name, hue in _SUIT.items():
         wheel = (hue + rng.uniform(-0.025, 0.025)) % 1.0
