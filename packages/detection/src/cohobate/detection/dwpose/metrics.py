@@ -181,18 +181,17 @@ class PoseScores:
         shape = (0, len(self.kinds.names), 3)
         rows = np.concatenate(self._rows) if self._rows else np.zeros(0, np.int64)
         points = np.concatenate(self._points) if self._points else np.zeros(shape)
-        found = self._ranked(rows, points) if len(rows) else (rows, points, np.zeros(0))
-        sigmas = np.array(self.kinds.sigmas)
-        areas = extents(found[1], self.kinds)
-        scores = average_precision(self.truth, *found, sigmas, areas)
+        photo, found, sure = rows, points, np.zeros(0)
+        if len(rows):
+            photo, found, sure = self._ranked(rows, points)
+        sigmas, areas = np.array(self.kinds.sigmas), extents(found, self.kinds)
+        scores = average_precision(self.truth, photo, found, sure, sigmas, areas)
         if parts:
             for name, places in self.kinds.parts.items():
                 if name == "wholebody":
                     continue
                 part = replace(self.truth, points=self.truth.points[:, places])
-                one = average_precision(
-                    part, found[0], found[1][:, places], found[2], sigmas[places], areas
-                )
+                one = average_precision(part, photo, found[:, places], sure, sigmas[places], areas)
                 scores |= {f"ap_{name}": one["ap"], f"ar_{name}": one["ar"]}
         return scores | self._distances(rows, points, sigmas)
 

@@ -94,7 +94,7 @@ class People:
     @property
     def boxed(self) -> np.ndarray:
         """``(n,)``: whose box has an area."""
-        return (self.boxes[:, 2:] > 0).all(1)
+        return np.asarray((self.boxes[:, 2:] > 0).all(1))
 
     def parted(self, share: float) -> tuple[People, People]:
         """Parted by images: the first gets all but a share of them, drawn once and for all."""

@@ -167,5 +167,5 @@ def _paint(image: Image.Image, joints: np.ndarray, rng: np.random.Generator) -> 
         low = rng.random(2) * (WIDTH, HEIGHT) * 0.8
         high = low + rng.uniform(12, 34, 2)
         draw.rectangle([*(low * _FINE).tolist(), *(high * _FINE).tolist()], fill=(90, 90, 90))
-        hidden = ((joints > low) & (joints < high)).all(1)
+        hidden = np.asarray(((joints > low) & (joints < high)).all(1))
     return hidden
