@@ -129,8 +129,9 @@ def test_detected_boxes_for_evaluation(folder, tmp_path):
     ]
     boxes.write_text(json.dumps(rows))
     data = PoseData(root, boxes=boxes, size=SIZE)
-    assert len(data.boxed["val"]) == 1
-    assert data.boxed["val"].scores.tolist() == [0.5]
+    assert len(data.boxed["test"]) == 1
+    assert data.boxed["test"].scores.tolist() == [0.5]
+    assert data.boxed["val"].points[0, 0].tolist() == [30, 30, 2]
     boxes.write_text("{}")
     with pytest.raises(InputError, match=r"boxes.json: not a list"):
         PoseData(root, boxes=boxes, size=SIZE)

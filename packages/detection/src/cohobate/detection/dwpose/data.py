@@ -22,6 +22,7 @@ from cohobate.detection.dwpose.transforms import (
     LATE,
     Augment,
     Crop,
+    batched,
     crop_of,
     cut,
     moved,
@@ -68,7 +69,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """Join crops."""
     images, points, visible, rows, crops = zip(*samples, strict=True)
     return Batch(
-        torch.from_numpy(np.stack(images)),
+        batched(images),
         torch.from_numpy(np.stack(points).astype(np.float32)),
         torch.from_numpy(np.stack(visible).astype(np.float32)),
         torch.tensor(rows),

@@ -22,7 +22,7 @@ from cohobate.detection.dwpose.codec import decode
 from cohobate.detection.dwpose.keypoints import KeypointSet, to_openpose
 from cohobate.detection.dwpose.losses import SimCC
 from cohobate.detection.dwpose.plots import draw_people
-from cohobate.detection.dwpose.transforms import crop_of, cut, normalised
+from cohobate.detection.dwpose.transforms import batched, crop_of, cut, normalised
 from cohobate.detection.plots import write_picture
 from cohobate.detection.predict import CLIPS, _even, _frames, _json, _paths, _stream
 
@@ -80,7 +80,7 @@ class Poser:
         ]
         rows = []
         for start in range(0, len(images), self.chunk):
-            batch = torch.from_numpy(np.stack(images[start : start + self.chunk]))
+            batch = batched(images[start : start + self.chunk])
             points, scores = decode(self.network(batch.to(device)))
             rows.append(torch.cat([points, scores[..., None]], -1).double().cpu().numpy())
         if not rows:

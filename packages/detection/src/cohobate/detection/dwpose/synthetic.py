@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from cohobate.detection.dwpose.keypoints import WHOLEBODY
 from cohobate.detection.dwpose.people import People, Photo
 
-TRAIN, VAL, TEST = 320, 48, 128
+TRAIN, VAL, TEST = 256, 32, 96
 WIDTH, HEIGHT = 104, 136
 _TIPS = (4, 8, 12, 16, 20)  # of the 21 points of a hand
 KINDS = WHOLEBODY.subset([*range(23), *(91 + t for t in _TIPS), *(112 + t for t in _TIPS)])
@@ -19,7 +19,7 @@ DESCRIPTION = (
     f"SYNTHETIC drawn figures with {len(KINDS.names)} of the whole-body points (body, feet, finger "
     f"tips): {TRAIN} train, {VAL} val, {TEST} test people, pictures of {WIDTH} × {HEIGHT} pixels"
 )
-_FINE = 3  # drawn larger, then shrunk
+_FINE = 2  # drawn larger, then shrunk
 _SUIT = {"shirt": 0.15, "arms": 0.33, "legs": 0.6, "shoes": 0.9}
 
 

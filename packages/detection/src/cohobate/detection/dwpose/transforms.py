@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image, ImageFilter
 from scipy.special import ndtr, ndtri
+from torch import Tensor
 
 from cohobate.detection.dwpose.keypoints import KeypointSet
 
@@ -99,8 +101,13 @@ def cut(pixels: np.ndarray, crop: Crop, size: Sequence[int]) -> np.ndarray:
 
 
 def normalised(pixels: np.ndarray) -> np.ndarray:
-    """``(height, width, 3)`` uint8 RGB → ``(3, height, width)`` float32 as the network takes it."""
-    return np.ascontiguousarray(((pixels.astype(np.float32) - MEAN) / STD).transpose(2, 0, 1))
+    """``(height, width, 3)`` uint8 RGB → float32 of the same shape as the network takes it."""
+    return (pixels.astype(np.float32) - MEAN) / STD
+
+
+def batched(images: Sequence[np.ndarray]) -> Tensor:
+    """Images ``(height, width, 3)`` → ``(B, 3, height, width)``, channels last in memory."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
 def moved(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
