@@ -9,17 +9,14 @@ of the process, so that other work on the machine counts little.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import time
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from cohobate.core.testing.bench import in_turn, medians, times_faster, write_rows
 from cohobate.detection.dwpose import WHOLEBODY, DWPose, RTMPose
 from cohobate.detection.dwpose.data import Batch
 
@@ -42,36 +39,30 @@ def main() -> None:
     torch.manual_seed(0)
     batch = crops(asked.people)
     options = {"variant": asked.student, "teacher_variant": asked.teacher, "ema": None}
-    alone, first, second = (
-        stepper(stage, batch, options, asked.teacher) for stage in ("plain", "distil", "head")
-    )
-    times = alternate(asked.repeat, alone, first, second)
+    stages = {s: stepper(s, batch, options, asked.teacher) for s in ("plain", "distil", "head")}
+    times = in_turn(stages, asked.repeat, "steps")
     pair = f"{asked.teacher} → {asked.student}, {asked.people} people of 256 × 192"
-    spent = [[FIRST * t for t in times[1]], [SECOND * t for t in times[2]]]
-    share = statistics.median(b / (a + b) for a, b in zip(*spent, strict=True))
+    first, second = ([n * t for t in times[s]] for n, s in ((FIRST, "distil"), (SECOND, "head")))
+    share = statistics.median(b / (a + b) for a, b in zip(first, second, strict=True))
     rows = [
-        row(f"step of stage 1, {pair}", times[1], times[0], "student alone"),
-        row(f"step of stage 2, {asked.student}", times[2], times[1], "step of stage 1"),
+        row(f"step of stage 1, {pair}", times["distil"], times["plain"], "student alone"),
+        row(f"step of stage 2, {asked.student}", times["head"], times["distil"], "stage 1"),
         row(
-            f"stage 2, {SECOND} epochs of one step: {100 * share:.0f} % of both stages",
-            spent[1], spent[0], f"stage 1, {FIRST} epochs of one step",
+            f"{SECOND} epochs of stage 2, a step each: {100 * share:.0f} % of both stages",
+            second, first, f"{FIRST} epochs of stage 1",
         ),
         inference_row(asked.student, asked.repeat),
     ]  # fmt: skip
-    content = {
-        "command": "python tests/benchmarks/detection/bench_dwpose.py",
-        "machine": f"{platform.machine()}, 1 thread, process seconds",
-        "versions": {n: version(n) for n in ("torch", "cohobate-detection")},
-        "rows": rows,
-    }
-    asked.out.write_text(json.dumps(content, indent=1) + "\n")
-    print(json.dumps(rows, indent=1))
+    script = "tests/benchmarks/detection/bench_dwpose.py"
+    write_rows(asked.out, script, ["torch", "cohobate-detection"], rows)
+    print(*rows, sep="\n")
 
 
 def crops(people: int) -> Batch:
     """Noise with points anywhere."""
     return Batch(
-        torch.randn(people, 3, SIZE[1], SIZE[0]), torch.rand(people, 133, 2) * 190,
+        torch.randn(people, SIZE[1], SIZE[0], 3).permute(0, 3, 1, 2),
+        torch.rand(people, 133, 2) * 190,
         torch.ones(people, 133), torch.arange(people), torch.ones(people, 4),
     )  # fmt: skip
 
@@ -108,39 +99,29 @@ def inference_row(variant: str, repeat: int) -> Row:
         variant=variant,
         teacher_variant="l",  # type: ignore[arg-type]
     )
-    plain, image = RTMPose(variant, 133, SIZE).eval(), torch.randn(1, 3, SIZE[1], SIZE[0])  # type: ignore[arg-type]
+    plain = RTMPose(variant, 133, SIZE).eval().to(memory_format=torch.channels_last)  # type: ignore[arg-type]
+    image = torch.randn(1, 3, SIZE[1], SIZE[0]).to(memory_format=torch.channels_last)
     student = module.student.eval()
 
     @torch.no_grad()
     def run(network: nn.Module) -> Tensor:
         return network(image).x
 
-    times = alternate(3 * repeat, lambda: run(student), lambda: run(plain))
-    return row(f"inference, {variant}, one person", *times, "the network alone")
+    runs = {"ours": lambda: run(student), "plain": lambda: run(plain)}
+    times = in_turn(runs, 3 * repeat, "inference")
+    what = f"inference of a distilled {variant}, one person"
+    return row(what, times["ours"], times["plain"], "the network alone")
 
 
-def alternate(repeat: int, *actions: Callable[[], object]) -> list[list[float]]:
-    """Process seconds of each action, taken in turn after one round that does not count."""
-    seconds: list[list[float]] = [[] for _ in actions]
-    for turn in range(repeat + 1):
-        for action, found in zip(actions, seconds, strict=True):
-            start = time.process_time()
-            action()
-            if turn:
-                found.append(time.process_time() - start)
-    return seconds
-
-
-def row(what: str, ours: list[float], other: list[float], name: str) -> Row:
-    """One line of the table: the ratio is the median of the ratios of each turn."""
-    ratios = [b / a for a, b in zip(ours, other, strict=True)]
+def row(what: str, ours: Sequence[float], other: Sequence[float], name: str) -> Row:
+    """One line of the table."""
+    middle = medians({"ours": ours, "other": other})
     return {
         "what": what,
-        "here (s)": round(statistics.median(ours), 4),
+        "here (s)": round(middle["ours"], 4),
         "against": name,
-        "that (s)": round(statistics.median(other), 4),
-        "times faster, median (least to most)": f"{statistics.median(ratios):.2f} "
-        f"({min(ratios):.2f} to {max(ratios):.2f})",
+        "that (s)": round(middle["other"], 4),
+        "times faster, median (least to most)": times_faster(ours, other),
     }
 
 
