@@ -91,6 +91,8 @@ def test_trains_and_predicts_on_coco_wholebody(mini, tmp_path):
 def test_17_points_and_133_points(folder):
     root, _ = folder("train", [entry(1), entry(2, 2)])
     folder("val", [entry(1)])
+    for other in ("captions", "instances"):
+        (root / "annotations" / f"{other}_train2017.json").write_text("{}")
     data = PoseData(root, size=SIZE, batch_size=2)
     assert data.keypoints is BODY
     assert "2 train, 1 held out people, 17 key points" in data.describe()

@@ -30,6 +30,7 @@ from cohobate.detection.dwpose.transforms import (
 )
 
 _AUGMENT = Augment()
+_OTHER = ("instances", "captions", "panoptic", "stuff", "image_info")  # COCO's other files
 
 
 @dataclass(frozen=True)
@@ -249,13 +250,16 @@ def _read(root: Path) -> tuple[dict[str, People], KeypointSet]:
     """All parts of a folder."""
     if not root.is_dir():
         raise InputError(f"{root}: no such folder")
-    files = [*sorted(root.glob("annotations/*.json")), *sorted(root.glob("*.json"))]
-    # the 133 points of an image before its 17
-    files.sort(key=lambda f: "wholebody" not in f.stem)
+    files = [
+        f
+        for f in (*sorted(root.glob("annotations/*.json")), *sorted(root.glob("*.json")))
+        if not f.stem.startswith(_OTHER)
+    ]
+    # the 133 points of an image before its 17, and those before anything else
+    files.sort(key=lambda f: ("wholebody" not in f.stem, "keypoints" not in f.stem))
     chosen: dict[str, Path] = {}
     for part in ("train", "val", "test"):
-        named = [f for f in files if part in f.stem and "instances" not in f.stem]
-        if named:
+        if named := [f for f in files if part in f.stem]:
             chosen[part] = named[0]
     if not chosen and files:
         chosen["train"] = files[0]
