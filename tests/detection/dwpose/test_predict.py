@@ -163,9 +163,7 @@ def test_onnx_has_names_and_shapes_of_the_released_models(run, exported):
 
 def test_an_onnx_model_gives_the_points_of_its_network(run, exported, photos, tmp_path):
     file = exported
-    done = run_command(
-        "pose", file, tmp_path / "out", f"[{photos / '0000.png'}]", domain="detection"
-    )
+    done = run_command("pose", file, photos / "0000.png", tmp_path / "out", domain="detection")
     assert done.code == 0, done.err
     found = json.loads((tmp_path / "out" / "poses.json").read_text())["people"]
     model = load_run(run)
@@ -178,7 +176,7 @@ def test_an_onnx_model_gives_the_points_of_its_network(run, exported, photos, tm
     np.testing.assert_allclose(next(iter(found.values()))[0]["keypoints"], wanted, atol=1e-2)
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(b"nothing")
-    done = run_command("pose", broken, tmp_path / "out", f"[{photos}]", domain="detection")
+    done = run_command("pose", broken, photos, tmp_path / "out", domain="detection")
     assert_one_line(done, broken, "not an ONNX model")
 
 

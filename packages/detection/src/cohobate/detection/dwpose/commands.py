@@ -85,8 +85,8 @@ def give_pose(run: Path, out: Path) -> int | None:
 
 def pose(
     model: Path,
+    input: Path,
     out: Path,
-    inputs: list[Path],
     detector: Path | None = None,
     boxes: Path | None = None,
     sure: float = 0.4,
@@ -100,8 +100,8 @@ def pose(
 
     Args:
         model: An ``.onnx`` such as ``dw-ll_ucoco_384.onnx``.
+        input: A picture, a clip, or a folder of them.
         out: Folder for the results.
-        inputs: Pictures, clips, or folders of them.
         detector: Run folder of a detector.
         boxes: JSON of file name → list of [x, y, width, height].
         sure: Lowest score of a detected person.
@@ -117,5 +117,5 @@ def pose(
     kinds = keypoints or kinds_of(probe.x.shape[1])
     poser = Poser(network, size, kinds, threshold=threshold, black=black, openpose=openpose)
     where = boxes_from(detector, boxes, sure, device)
-    print(*poser.files(inputs, out, device, where, picture=picture), sep="\n")
+    print(*poser.files([input], out, device, where, picture=picture), sep="\n")
     return None

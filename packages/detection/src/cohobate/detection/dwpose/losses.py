@@ -54,7 +54,7 @@ def simcc_loss(
         InputError: Shapes do not fit.
 
     References:
-        Yang et al., arXiv 2307.15880, equation 2; Jiang et al., RTMPose, arXiv 2303.07399.
+        Jiang et al., RTMPose, arXiv 2303.07399; Yang et al., arXiv 2307.15880, L_ori.
 
     Differences:
         Sum over the batch and mean over the bins are the released code's; the paper leaves them
@@ -99,7 +99,7 @@ def simcc_distillation(student: SimCC, teacher: SimCC, *, beta: float = 10.0) ->
         InputError: Shapes do not fit.
 
     References:
-        Yang et al., arXiv 2307.15880, equations 2 and 5.
+        Yang et al., arXiv 2307.15880, L_logit of both stages.
 
     Example:
         >>> import torch
@@ -131,7 +131,7 @@ def feature_loss(student: Tensor, teacher: Tensor, *, alpha: float = 7e-5) -> Te
         InputError: Shapes do not fit.
 
     References:
-        Yang et al., arXiv 2307.15880, equation 1.
+        Yang et al., arXiv 2307.15880, L_fea of the first stage.
 
     Differences:
         The paper writes a mean over channels and places; the released code sums, which is what

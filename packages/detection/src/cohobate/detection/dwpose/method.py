@@ -97,7 +97,7 @@ class DWPose(DistillModule):
         distill: False trains without any lessons.
 
     References:
-        Yang et al., arXiv 2307.15880, sections 3.1 to 3.3.
+        Yang et al., arXiv 2307.15880.
     """
 
     from_data: ClassVar[tuple[str, ...]] = ("keypoints", "size")
@@ -248,7 +248,7 @@ class DWPose(DistillModule):
 
     @property
     def progress(self) -> float:
-        """The share of the epochs done, by which the terms fall (section 3.2)."""
+        """The share of the epochs done, by which the terms fall."""
         trainer = self._trainer
         epochs = None if trainer is None else trainer.max_epochs
         return self.current_epoch / epochs if epochs and epochs > 0 else super().progress
