@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cohobate.core.errors import InputError
-from cohobate.core.losses import forward_kl
 
 
 class SimCC(NamedTuple):
@@ -74,10 +73,12 @@ def simcc_loss(
     scale = 1.0 if reference_batch_size is None else reference_batch_size / max(people, 1)
     parts = []
     for logits, labels in zip(student, target, strict=True):
-        log_q = (beta * _wide(logits)).log_softmax(-1)
-        p = (beta * _wide(labels)).softmax(-1) if label_softmax else _wide(labels)
-        divergence = F.kl_div(log_q, p, reduction="none").mean(-1)
-        parts.append((divergence * weight.to(divergence)).sum())
+        if label_softmax:
+            divergence = _divergence(logits, labels, beta)
+        else:
+            log_q = (beta * _wide(logits)).log_softmax(-1)
+            divergence = F.kl_div(log_q, _wide(labels), reduction="none").sum(-1)
+        parts.append((divergence * weight.to(divergence)).sum() / logits.shape[-1])
     return ((parts[0] + parts[1]) * (scale / points)).to(student.x.dtype)
 
 
@@ -109,11 +110,8 @@ def simcc_distillation(student: SimCC, teacher: SimCC, *, beta: float = 10.0) ->
         0.2219
     """
     _same_shapes(student, teacher)
-    x, y = (
-        forward_kl(s, t.detach(), temperature=1 / beta, t_squared=False, class_dim=-1)
-        for s, t in zip(student, teacher, strict=True)
-    )
-    return x + y
+    x, y = (_divergence(s, t.detach(), beta).mean() for s, t in zip(student, teacher, strict=True))
+    return (x + y).to(student.x.dtype)
 
 
 def feature_loss(student: Tensor, teacher: Tensor, *, alpha: float = 7e-5) -> Tensor:
@@ -149,6 +147,14 @@ def feature_loss(student: Tensor, teacher: Tensor, *, alpha: float = 7e-5) -> Te
         )
     squared = (_wide(student) - _wide(teacher).detach()) ** 2
     return (squared.sum() * (alpha / len(student))).to(student.dtype)
+
+
+def _divergence(student: Tensor, target: Tensor, beta: float) -> Tensor:
+    """KL divergences ``(B, K)`` of the softmax of the target from that of the student."""
+    log_q = (beta * _wide(student)).log_softmax(-1)
+    log_p = (beta * _wide(target)).log_softmax(-1)
+    # exp costs less than the logarithm that a divergence of probabilities takes again
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def _same_shapes(student: SimCC, other: SimCC) -> None:
