@@ -145,8 +145,8 @@ def feature_loss(student: Tensor, teacher: Tensor, *, alpha: float = 7e-5) -> Te
             f"features: the student has shape {tuple(student.shape)}, the teacher "
             f"{tuple(teacher.shape)}"
         )
-    squared = (_wide(student) - _wide(teacher).detach()) ** 2
-    return (squared.sum() * (alpha / len(student))).to(student.dtype)
+    squared = F.mse_loss(_wide(student), _wide(teacher).detach(), reduction="sum")
+    return (squared * (alpha / len(student))).to(student.dtype)
 
 
 def _divergence(student: Tensor, target: Tensor, beta: float) -> Tensor:
