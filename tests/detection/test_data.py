@@ -5,12 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cohobate.core.errors import InputError
 from cohobate.core.testing import golden
 from cohobate.core.training.data import Draw
 from cohobate.detection.boxes import to_xyxy
 from cohobate.detection.data import Augment, DetectionData, multiscale_sizes, synthetic
+from cohobate.detection.data.annotations import read_picture
 from cohobate.detection.data.coco import COCO_CATEGORIES
 
 
@@ -187,6 +189,23 @@ def test_a_damaged_picture_is_named(coco):
     loader = data(coco).train_dataloader()
     with pytest.raises(InputError, match=r"1\.png: not a picture"):
         loader.dataset[0]
+
+
+def test_a_jpeg_cut_off_is_named(voc):
+    path = voc / "images" / "a1.jpg"
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(InputError, match=r"a1\.jpg: not a picture that can be read: .*truncated"):
+        data(voc).train_dataloader().dataset[1]
+
+
+def test_a_pixel_that_is_no_number_is_named(tmp_path):
+    pixels = np.full((4, 4), 7.0, np.float32)
+    Image.fromarray(pixels).save(tmp_path / "x.tif")
+    assert (read_picture(tmp_path / "x.tif") == 7).all()
+    pixels[1, 2] = np.nan
+    Image.fromarray(pixels).save(tmp_path / "x.tif")
+    with pytest.raises(InputError, match=r"x\.tif: not a picture that can be read: a pixel is no"):
+        read_picture(tmp_path / "x.tif")
 
 
 def test_a_picture_of_another_size_is_named(coco, picture):

@@ -247,8 +247,11 @@ def test_semantic_kitti_is_read(kitti_root: Path) -> None:
     assert all(f.labels is not None and f.labels.exists() for f in frames)
     shares = kitti.semantic_frames(kitti_root, "train", 2)
     assert [f.token for f in shares] == ["00-000000", "00-000002", "03-000001"]
+    assert [f.token for f in kitti.semantic_frames(kitti_root, "all")][5:] == ["08-000000"]
     with pytest.raises(InputError, match="test"):
         kitti.semantic_frames(kitti_root, "test")
+    with pytest.raises(InputError, match=r"000000\.bin: no image belongs to this sweep"):
+        read_scene(frames[0], Slic(), kitti_root)
     data = LabelledCloudData(kitti_root, "semantic-kitti", batch_size=2)
     data.setup("fit")
     batch = next(iter(data.val_dataloader()))

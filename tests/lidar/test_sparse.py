@@ -263,17 +263,68 @@ def test_what_spconv_computes_wrongly_is_refused() -> None:
         sparse_conv(torch.ones(1, 3), kernel, pairs, "spconv")
 
 
+def test_mixed_precision_sums_in_float32() -> None:
+    torch.manual_seed(0)
+    network, coordinates = build("unet-small", 4), voxels(300, -6, 6)
+    x = torch.randn(len(coordinates), 1)
+    outputs = []
+    for enabled in (False, True):
+        network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = network(coordinates, x)
+        out.float().square().sum().backward()
+        kernel = network.get_submodule("conv0p1s1").kernel
+        assert isinstance(kernel, Tensor)
+        assert kernel.grad is not None
+        outputs.append((out.detach().float(), kernel.grad.clone()))
+    for one, other in zip(*outputs, strict=True):
+        assert F.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.95
+    grid, order = Grid.of(coordinates)
+    _, pairs = grid.coarser()
+    with torch.autocast("cpu", torch.bfloat16):
+        lower = sparse_conv(x[order].bfloat16(), torch.randn(8, 1, 4), pairs)
+    assert lower.dtype == torch.float32
+
+
 @pytest.mark.gpu
-def test_cuda_equals_cpu() -> None:
-    coordinates = voxels(300, -6, 6)
-    kernel = torch.randn(27, 8, 16)
+@pytest.mark.parametrize("name", ["neighbours", "coarser", "back", "strided"])
+def test_cuda_equals_cpu(name: str) -> None:
+    coordinates = voxels(300, 0, 12)
     results = []
     for device in ("cpu", "cuda"):
-        grid, order = Grid.of(coordinates.to(device))
-        x = torch.randn(len(order), 8, generator=torch.Generator().manual_seed(1)).to(device)
-        w = kernel.to(device).requires_grad_()
-        out = sparse_conv(x, w, grid.neighbours())
+        grid, _ = Grid.of(coordinates.to(device))
+        if name == "neighbours":
+            pairs = grid.neighbours()
+        elif name == "strided":
+            _, pairs = grid.strided((3, 3, 3), (2, 2, 2), (1, 1, 1), (6, 6, 6))
+        else:
+            _, pairs = grid.coarser()
+            pairs = pairs.transposed() if name == "back" else pairs
+        rng = torch.Generator().manual_seed(1)
+        x = torch.randn(pairs.size_in, 8, generator=rng).to(device).requires_grad_()
+        w = torch.randn(len(pairs.inputs), 8, 16, generator=rng).to(device).requires_grad_()
+        out = sparse_conv(x, w, pairs)
         out.square().sum().backward()
-        results.append((out.cpu(), w.grad.cpu()))
+        assert x.grad is not None
+        assert w.grad is not None
+        results.append((grid.keys.cpu(), out.detach().cpu(), x.grad.cpu(), w.grad.cpu()))
     for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.gpu
+@needs_spconv
+def test_spconv_equals_ours_on_cuda() -> None:
+    coordinates = voxels(300, -6, 6).cuda()
+    found = []
+    for backend in ("torch", "spconv"):
+        torch.manual_seed(0)
+        network = build("unet-small", 4, backend=backend).cuda()  # type: ignore[arg-type]
+        x = torch.randn(len(coordinates), 1, generator=torch.Generator().manual_seed(1)).cuda()
+        out = network(coordinates, x)
+        out.square().sum().backward()
+        kernel = network.get_submodule("conv0p1s1").kernel
+        assert isinstance(kernel, Tensor)
+        assert kernel.grad is not None
+        found.append((out.detach(), kernel.grad.clone()))
+    torch.testing.assert_close(*zip(*found, strict=True), rtol=1e-3, atol=1e-3)

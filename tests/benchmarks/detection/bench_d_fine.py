@@ -11,14 +11,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cohobate.core.testing.bench import in_turn, times_faster, write_rows
 from cohobate.detection.boxes import Targets, pad_targets
 from cohobate.detection.d_fine import Criterion, Denoising, DFineNet, Outputs, deploy
 from cohobate.detection.d_fine.checkpoint import to_official
-from cohobate.detection.d_fine.optim import RATES, parameter_groups
+from cohobate.detection.d_fine.optim import RATES, adamw
 from cohobate.detection.d_fine.sizes import config_of
 
 ROOT = Path(__file__).parents[3]
@@ -49,50 +46,27 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     official = load(asked.official) if asked.official is not None else None
-    rows = json.loads(asked.out.read_text())["rows"] if asked.out.exists() else []
     for name in asked.only:
         if official is None and name != "plain":
             continue
         found = ROWS[name](official, asked.repeat)
         print(found)
-        rows = [r for r in rows if r["what"] != found["what"]] + [found]
-        write(asked.out, rows)  # as they are measured
+        packages = ("torch", "transformers", "cohobate-detection")
+        script = "tests/benchmarks/detection/bench_d_fine.py"
+        write_rows(asked.out, script, packages, [found], update=True)  # as they are measured
 
 
-def write(out: Path, rows: list[Row]) -> None:
-    """Write all rows."""
-    content = {
-        "command": "python tests/benchmarks/detection/bench_d_fine.py",
-        "machine": f"{platform.machine()}, 1 thread, process seconds",
-        "versions": {n: version(n) for n in ("torch", "transformers", "cohobate-detection")},
-        "rows": rows,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def alternate(repeat: int, *actions: Callable[[], Any]) -> list[list[float]]:
-    """Process seconds of each action, taken in turn after one round that does not count."""
-    seconds: list[list[float]] = [[] for _ in actions]
-    for turn in range(repeat + 1):
-        for action, found in zip(actions, seconds, strict=True):
-            start = time.process_time()
-            action()
-            if turn:
-                found.append(time.process_time() - start)
-    return seconds
-
-
-def row(what: str, ours: list[float], other: list[float], name: str) -> Row:
-    """One line of the table: the ratio is the median of the ratios of each turn."""
-    ratios = [b / a for a, b in zip(ours, other, strict=True)]
+def row(
+    what: str, here: Callable[[], Any], name: str, there: Callable[[], Any], repeat: int
+) -> Row:
+    """One line of the table, timed."""
+    ours, other = in_turn({"here": here, name: there}, repeat, what).values()
     return {
         "what": what,
         "here (s)": round(statistics.median(ours), 4),
         "against": name,
         "that (s)": round(statistics.median(other), 4),
-        "times faster, median (least to most)": f"{statistics.median(ratios):.2f} "
-        f"({min(ratios):.2f} to {max(ratios):.2f})",
+        "times faster, median (least to most)": times_faster(ours, other),
     }
 
 
@@ -199,8 +173,8 @@ def criterion_row(official: dict[str, Any], repeat: int) -> Row:
 
     # of objects given equally often to a query the official sort takes any
     torch.testing.assert_close(here(), there(), rtol=1e-2, atol=0)
-    seconds = alternate(repeat, here, there)
-    return row(f"criterion, {IMAGES} × {QUERIES} queries, 6 layers", *seconds, "official")
+    what = f"criterion, {IMAGES} × {QUERIES} queries, 6 layers"
+    return row(what, here, "official", there, repeat)
 
 
 def official_outputs(main_: Outputs, dn: Outputs, positive: list[Tensor], groups: int) -> Any:
@@ -233,7 +207,7 @@ def official_outputs(main_: Outputs, dn: Outputs, positive: list[Tensor], groups
 
 def stepper(network: DFineNet, criterion: Criterion, images: Tensor, targets: Targets) -> Any:
     """A training step of ours."""
-    optimizer = torch.optim.AdamW(parameter_groups(network, RATES["n"]), foreach=True)
+    optimizer = adamw(network, RATES["n"])
 
     def step() -> None:
         outputs, noised = network.outputs(images, targets, Denoising())
@@ -269,8 +243,8 @@ def step_row(official: dict[str, Any], repeat: int) -> Row:
         nn.utils.clip_grad_norm_(theirs.parameters(), 0.1)
         optimizer.step()
 
-    seconds = alternate(repeat, stepper(network, Criterion(), images, targets), there)
-    return row("training step, N, 4 images of 320 × 320", *seconds, "official")
+    here = stepper(network, Criterion(), images, targets)
+    return row("training step, N, 4 images of 320 × 320", here, "official", there, repeat)
 
 
 @torch.no_grad()
@@ -283,20 +257,22 @@ def inference_row(official: dict[str, Any], repeat: int) -> Row:
     slim, theirs = deploy(network), theirs.deploy().eval()
     after = official["DFINEPostProcessor"](num_classes=CLASSES, num_top_queries=300)
     images, sizes = torch.rand(1, 3, size, size), torch.tensor([[640.0, 480.0]])
-    seconds = alternate(repeat, lambda: slim(images, sizes), lambda: after(theirs(images), sizes))
-    return row("inference, deployed N, 640 × 640", *seconds, "official")
+    what = "inference, deployed N, 640 × 640"
+    return row(
+        what, lambda: slim(images, sizes), "official", lambda: after(theirs(images), sizes), repeat
+    )
 
 
 def plain_row(_: Any, repeat: int) -> Row:
     """What FDR and GO-LSD add to a training step over plain regression, six layers."""
     images, targets = torch.rand(2, 3, 320, 320), objects(2)
     config = config_of("n", CLASSES, decoder_layers=LAYERS)
-    steps = [
+    fdr, plain = (
         stepper(DFineNet(config, regression=kind).train(), Criterion(distillation), images, targets)
         for kind, distillation in (("fdr", "go_lsd"), ("plain", "none"))
-    ]
-    seconds = alternate(repeat, *steps)
-    return row("training step, FDR + GO-LSD, 6 layers, 300 queries", *seconds, "plain regression")
+    )
+    what = "training step, FDR + GO-LSD, 6 layers, 300 queries"
+    return row(what, fdr, "plain regression", plain, repeat)
 
 
 ROWS: dict[str, Callable[[Any, int], Row]] = {

@@ -10,23 +10,20 @@ Medians.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from cohobate.core.testing import build
+from cohobate.core.testing.bench import in_turn, medians, write_rows
 from cohobate.lidar.data import ImageCloudData
 from cohobate.lidar.data.sets import read_scene
+from cohobate.lidar.nets import UnitPixels
 from cohobate.lidar.slidr import Pretrain
 from cohobate.lidar.slidr.losses import EPS, pool
 
@@ -49,18 +46,15 @@ def main() -> None:
     rows = [
         step_row(model, data, asked.repeat),
         read_row(data, asked.repeat),
-        *(pool_row(size, asked.repeat) for size in ((64, 112), (224, 416))),
+        *(
+            pool_row(size, asked.repeat, whole=whole)
+            for size in ((64, 112), (224, 416))
+            for whole in (True, False)
+        ),
     ]
-    content = {
-        "command": f"python tests/benchmarks/lidar/bench_slidr.py --repeat {asked.repeat}",
-        "machine": f"{platform.machine()}, 1 thread, process seconds",
-        "versions": {name: version(name) for name in ("torch", "cohobate-lidar")},
-        "rows": rows,
-    }
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    for row in rows:
-        print(row)
+    script = f"tests/benchmarks/lidar/bench_slidr.py --repeat {asked.repeat}"
+    write_rows(asked.out, script, ("torch", "cohobate-lidar"), rows)
+    print(*rows, sep="\n")
 
 
 def step_row(model: Pretrain, data: ImageCloudData, repeat: int) -> dict[str, Any]:
@@ -74,7 +68,7 @@ def step_row(model: Pretrain, data: ImageCloudData, repeat: int) -> dict[str, An
         model.training_step(batch, 0).backward()
         optimizer.step()
 
-    seconds = in_turn({"step": run}, repeat, "step")["step"]
+    seconds = medians(in_turn({"step": run}, repeat, "step"))["step"]
     images, _, height, width = batch["images"].shape
     return {
         "what": f"pre-training step, U-Net 16-32-64, {data.batch_size} clouds, "
@@ -95,7 +89,7 @@ def read_row(data: ImageCloudData, repeat: int) -> dict[str, Any]:
         for frame in frames:
             read(frame)
 
-    seconds = in_turn({"read": run}, repeat, "reading")["read"] / len(frames)
+    seconds = medians(in_turn({"read": run}, repeat, "reading"))["read"] / len(frames)
     height, width = frames[0].cameras[0].size
     points, pairs = (len(x) for x in (read(frames[0]).points, read(frames[0]).pairing.points))
     return {
@@ -106,44 +100,78 @@ def read_row(data: ImageCloudData, repeat: int) -> dict[str, Any]:
     }
 
 
-def pool_row(size: tuple[int, int], repeat: int, images: int = 24) -> dict[str, Any]:
-    """Superpoint and superpixel features with gradients, against products of sparse matrices."""
-    arguments = regions(size, images)
-    leaves = arguments[:2]
-    runs = {
-        "ours": lambda: gradients(pool(*arguments), leaves),
-        "products": lambda: gradients(products(*arguments), leaves),
+def pool_row(size: tuple[int, int], repeat: int, *, whole: bool) -> dict[str, Any]:
+    """Superpoint and superpixel features with gradients, against products of sparse matrices.
+
+    Args:
+        size: Of the images.
+        repeat: Turns.
+        whole: From the image head's coarse answer, which the official form upsamples and scales to
+            norm 1 first; else from the features of all pixels, in the memory order of that form.
+    """
+    points, coarse, *rest = regions(size)
+    if whole:
+        leaves = points, coarse
+        forms: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
+            "ours": lambda: pool(points, UnitPixels(coarse, size), *rest),
+            "products": lambda: products(points, upsampled(coarse, size), *rest),
+        }
+        start = f"coarse features of {coarse.shape[2]}×{coarse.shape[3]}"
+        megabytes = 4e-6 * coarse.shape[0] * coarse.shape[1] * size[0] * size[1]
+        more = f"; the features of all pixels, {megabytes:.0f} MB, are not made"
+    else:
+        pixels = upsampled(coarse.detach(), size).requires_grad_()
+        leaves = points, pixels
+        forms = {
+            "ours": lambda: pool(points, pixels, *rest),
+            "products": lambda: products(points, pixels, *rest),
+        }
+        start, more = "features of all pixels", ""
+    runs: dict[str, Callable[[], Any]] = {
+        name: partial(gradients, form, leaves) for name, form in forms.items()
     }
     for one, other in zip(*(run() for run in runs.values()), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    seconds = in_turn(runs, repeat, "pooling")
+    # read what is given once, write the gradients once
+    runs["floor"] = lambda: [(leaf.detach().sum(), torch.ones_like(leaf)) for leaf in leaves]
+    seconds = medians(in_turn(runs, repeat, "pooling"))
+    ratio = seconds["ours"] / seconds["products"]
     return {
-        "what": f"superpixel pooling and gradients, {images} images of {size[0]}×{size[1]}, D = 64",
-        "seconds": f"ours {seconds['ours']:.3f}, sparse products {seconds['products']:.3f}",
-        "ratio": round(seconds["ours"] / seconds["products"], 4),
-        "note": "the same values and gradients",
+        "what": f"superpixel pooling and gradients from {start}, {len(coarse)} images of "
+        f"{size[0]}×{size[1]}, D = {coarse.shape[1]}",
+        "seconds": f"ours {seconds['ours']:.3f}, sparse products {seconds['products']:.3f}, "
+        f"reading and writing alone {seconds['floor']:.3f}",
+        "ratio": round(ratio, 4),
+        "note": f"{1 / ratio:.1f} times as fast, the same values and gradients{more}",
     }
 
 
-def regions(size: tuple[int, int], images: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Arguments of `pool`: unit features, pairs, and squares for superpixels."""
+def regions(
+    size: tuple[int, int], images: int = 24, stride: int = 4
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Arguments of `pool`: unit features of points, coarse ones, pairs, squares for superpixels."""
     rng = torch.Generator().manual_seed(0)
     height, width = size
-    points = torch.randn(30_000, 64, generator=rng).requires_grad_()
-    pixels = torch.randn(images, 64, height, width, generator=rng)
-    pixels = pixels.contiguous(memory_format=torch.channels_last).requires_grad_()  # as the head
+    points = F.normalize(torch.randn(30_000, 64, generator=rng), dim=1).requires_grad_()
+    coarse = torch.randn(images, 64, height // stride, width // stride, generator=rng)
     pairs = 1500 * images
     row, column = torch.arange(height) * 10 // height, torch.arange(width) * 15 // width
     labels = (row[:, None] * 15 + column).expand(images, -1, -1)
     places = [torch.randint(n, (pairs,), generator=rng) for n in (images, height, width)]
     chosen = torch.randint(len(points), (pairs,), generator=rng)
-    return points, pixels, chosen, torch.stack(places, 1), labels
+    return points, coarse.requires_grad_(), chosen, torch.stack(places, 1), labels
+
+
+def upsampled(coarse: Tensor, size: tuple[int, int]) -> Tensor:
+    """Unit features of all pixels, as the official image network gives them."""
+    fine = F.interpolate(coarse, size, mode="bilinear", align_corners=True)
+    return F.normalize(fine, dim=1)
 
 
 def products(
     points: Tensor, pixels: Tensor, chosen: Tensor, places: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """F and G as the paper writes them: one-hot matrices of regions times features."""
+    """F and G as the paper writes them: one-hot matrices, made in each step, times features."""
     images = len(pixels)
     numbers = labels + torch.arange(images)[:, None, None] * (int(labels.max()) + 1)
     count = images * (int(labels.max()) + 1)
@@ -163,22 +191,13 @@ def one_hot(index: Tensor, count: int) -> Tensor:
     return torch.sparse_coo_tensor(places, torch.ones(size[1]), size, check_invariants=False)
 
 
-def gradients(outputs: tuple[Tensor, Tensor], leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Outputs and the gradients of the sum of their squares."""
+def gradients(
+    form: Callable[[], tuple[Tensor, Tensor]], leaves: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Outputs, and the gradients of the sum of their squares."""
+    outputs = form()
     total = sum((x.square().sum() for x in outputs), torch.zeros(()))
     return (*(x.detach() for x in outputs), *torch.autograd.grad(total, leaves))
-
-
-def in_turn(runs: dict[str, Callable[[], Any]], repeat: int, title: str) -> dict[str, float]:
-    """Median process seconds of each, one warm-up, all taking turns."""
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in tqdm(range(repeat + 1), desc=title):
-        for name, run in runs.items():
-            start = time.process_time()
-            run()
-            if turn:
-                found[name].append(time.process_time() - start)
-    return {name: statistics.median(seconds) for name, seconds in found.items()}
 
 
 if __name__ == "__main__":

@@ -10,12 +10,7 @@ are SYNTHETIC full-density sweeps. The growth is also drawn beside the JSON.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +19,8 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm import tqdm
 
+from cohobate.core.testing.bench import in_turn, medians, write_rows
 from cohobate.lidar.data import Simulator
 from cohobate.lidar.data.files import read_sweep
 from cohobate.lidar.data.simulator import write_frame
@@ -60,16 +55,9 @@ def main() -> None:
     growth = growth_seconds(cloud, asked.repeat)
     rows.append(growth_row(growth))
     draw(growth, asked.out.with_suffix(".png"))
-    content = {
-        "command": f"python tests/benchmarks/lidar/bench_sparse.py --repeat {asked.repeat}",
-        "machine": f"{platform.machine()}, 1 thread, process seconds",
-        "versions": {name: version(name) for name in ("torch", "spconv", "cohobate-lidar")},
-        "rows": rows,
-    }
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    for row in rows:
-        print(row)
+    script = f"tests/benchmarks/lidar/bench_sparse.py --repeat {asked.repeat}"
+    write_rows(asked.out, script, ("torch", "spconv", "cohobate-lidar"), rows)
+    print(*rows, sep="\n")
 
 
 def sweeps(folder: Path, count: int) -> Tensor:
@@ -100,7 +88,7 @@ def unet_row(name: str, coordinates: Tensor, repeat: int) -> dict[str, Any]:
     outputs = [run() for run in runs.values()]
     gap = float((outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max())
     assert gap < 1e-3, gap
-    seconds = in_turn(runs, repeat, f"U-Net {name}")
+    seconds = medians(in_turn(runs, repeat, f"U-Net {name}"))
     return {
         "what": f"U-Net {name}, {len(coordinates):,} voxels: maps, forward, backward",
         "seconds": f"ours {seconds['ours']:.3f}, spconv {seconds['s']:.3f}",
@@ -115,7 +103,7 @@ def growth_seconds(cloud: Tensor, repeat: int) -> dict[int, float]:
     stem, encoder, decoder = SIZES["16-32-64"]
     network = ResUNet(1, 64, stem, encoder, (1, 1), decoder, (1, 1))
     runs = {str(n): step(network, cloud[:n], torch.randn(n, 1)) for n in COUNTS}
-    return {int(n): value for n, value in in_turn(runs, repeat, "growth").items()}
+    return {int(n): value for n, value in medians(in_turn(runs, repeat, "growth")).items()}
 
 
 def growth_row(seconds: dict[int, float]) -> dict[str, Any]:
@@ -164,18 +152,6 @@ def profile(run: Callable[[], Tensor]) -> str:
     total = sum(own.values())
     shares = {part: sum(own.get(k, 0) for k in keys) / total for part, keys in PARTS.items()}
     return ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
-
-
-def in_turn(runs: dict[str, Callable[[], Tensor]], repeat: int, title: str) -> dict[str, float]:
-    """Median process seconds of each, one warm-up, all taking turns."""
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in tqdm(range(repeat + 1), desc=title):
-        for name, run in runs.items():
-            start = time.process_time()
-            run()
-            if turn:
-                found[name].append(time.process_time() - start)
-    return {name: statistics.median(seconds) for name, seconds in found.items()}
 
 
 if __name__ == "__main__":

@@ -77,8 +77,9 @@ def test_a_box_is_found_again_from_its_bins():
     weights = weighting(32, 0.5, 4.0).double()
     reference = torch.rand(50, 4, dtype=torch.double) * 0.2 + 0.4
     true = reference + (torch.rand(50, 4, dtype=torch.double) - 0.5) * 0.05
-    index, left, right = bin_targets(reference, to_xyxy(true), weights, 4.0)
-    hot = F.one_hot(index, 33) * left[..., None] + F.one_hot(index + 1, 33) * right[..., None]
+    target = bin_targets(reference, to_xyxy(true), weights, 4.0)
+    hot = F.one_hot(target.index, 33) * target.left[..., None]
+    hot = hot + F.one_hot(target.index + 1, 33) * target.right[..., None]
     offsets = expected_offsets(hot.clamp(min=1e-300).log(), weights)
     close(decode(reference, offsets, 4.0), true, atol=1e-12)
 

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 import zlib
+from dataclasses import replace
 
 import av
 import numpy as np
 import pytest
 import torch
 
+from cohobate.core.errors import InputError
 from cohobate.core.io import load_checkpoint
 from cohobate.core.testing import (
     assert_one_line,
@@ -18,6 +20,7 @@ from cohobate.core.testing import (
     recipes,
     run_command,
 )
+from cohobate.detection.boxes import pad_targets
 from cohobate.detection.commands import give, take
 from cohobate.detection.d_fine.checkpoint import official_name, save_hub, save_official
 from cohobate.detection.d_fine.ema import WarmEMA
@@ -31,6 +34,7 @@ from cohobate.detection.data import Category
 SMALL = (
     "--data.size=64", "--data.batch_size=2", "--model.num_queries=10", "--model.top=20",
     "--trainer.enable_progress_bar=false", "--model.denoising.budget=4", "--model.warmup=2",
+    "--trainer.check_val_every_n_epoch=1",
 )  # fmt: skip
 
 
@@ -74,7 +78,7 @@ def test_recipes_parse(name, path):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Three epochs on four images with ids 1, 7, 90, the second stage from epoch 1."""
+    """Three epochs on four images with ids 1, 7, 90 and faulty boxes; epoch 1 is stage two."""
     folder = tmp_path_factory.mktemp("run")
     root = _coco(folder)
     done = run_command(
@@ -102,11 +106,14 @@ def _coco(folder):
             content["images"].append(entry)
             if n == 1:
                 continue  # an image without objects
-            for box, label in zip(picture.boxes.tolist(), picture.labels, strict=True):
+            ids = [made.categories[label].id for label in picture.labels]
+            boxes = [[x, y, right - x, low - y] for x, y, right, low in picture.boxes.tolist()]
+            # one without area, one that sticks out, one outside
+            faulty = [[5, 5, 0, 9], [50, 50, 30, 30], [80, 70, 9, 9]]
+            for kind, box in zip([*ids, 7, 7, 7], boxes + faulty, strict=True):
                 content["annotations"].append({
-                    "id": len(content["annotations"]), "image_id": n,
-                    "category_id": made.categories[label].id,
-                    "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
+                    "id": len(content["annotations"]), "image_id": n, "category_id": kind,
+                    "bbox": box,
                 })  # fmt: skip
         (root / "annotations").mkdir(exist_ok=True)
         (root / "annotations" / f"{part}.json").write_text(json.dumps(content))
@@ -207,7 +214,6 @@ def test_onnx_with_postprocessing_gives_the_same_detections(run, tmp_path):
 
 
 def test_an_onnx_file_that_differs_is_not_written(tmp_path, monkeypatch):
-    from cohobate.core.errors import InputError
     from cohobate.detection.d_fine import serving
 
     monkeypatch.setattr(serving, "difference", lambda *_: 0.5)
@@ -272,7 +278,8 @@ def test_arms_train_a_step(arm):
 
 def test_both_arms_start_from_the_same_backbone():
     one = build("detection/d-fine", *SMALL).model.network.model.backbone.state_dict()
-    other = build("detection/d-fine", *SMALL, "--model.regression=plain").model
+    plain = "--model.regression=plain", "--model.distill=false"
+    other = build("detection/d-fine", *SMALL, *plain).model
     for name, value in other.network.model.backbone.state_dict().items():
         assert torch.equal(value, one[name])
 
@@ -286,6 +293,31 @@ def test_bfloat16_trains_without_an_assertion():
     loss.backward()
     grads = [p.grad for p in built.model.network.parameters() if p.grad is not None]
     assert all(g.isfinite().all() for g in grads)
+
+
+def test_plain_boxes_have_no_distributions_to_distil():
+    with pytest.raises(InputError, match="plain regression has no edge distributions"):
+        build("detection/d-fine", *SMALL, "--model.regression=plain")
+
+
+@pytest.mark.parametrize("options", [[], ["--model.regression=plain", "--model.distill=false"]])
+def test_a_batch_without_any_object_trains(options):
+    built = build("detection/d-fine", *SMALL, *options)
+    batch = next(iter(built.datamodule.train_dataloader()))
+    none = pad_targets([torch.zeros(0, dtype=torch.long)] * 2, [torch.zeros(0, 4)] * 2)
+    loss = built.model.training_step(replace(batch, targets=none), 0)
+    loss.backward()
+    assert loss > 0  # every query learns that it answers for nothing
+    grads = [p.grad for p in built.model.network.parameters() if p.grad is not None]
+    assert all(g.isfinite().all() for g in grads)
+
+
+def test_an_image_with_a_pixel_that_is_no_number_is_named():
+    built = build("detection/d-fine", *SMALL)
+    batch = next(iter(built.datamodule.train_dataloader()))
+    batch.images[1, 0, 3, 4] = torch.nan
+    with pytest.raises(InputError, match=f"^{batch.pictures[1].name}: has pixels that are no"):
+        built.model.training_step(batch, 0)
 
 
 def test_weights_to_start_from_are_read_once(tmp_path):

@@ -20,7 +20,7 @@ from cohobate.detection.d_fine.checkpoint import (
 from cohobate.detection.d_fine.criterion import Criterion
 from cohobate.detection.d_fine.denoising import Denoising
 from cohobate.detection.d_fine.losses import expected_offsets
-from cohobate.detection.d_fine.network import DFineNet, best, deploy
+from cohobate.detection.d_fine.network import DFineNet, StemPool, best, deploy
 from cohobate.detection.d_fine.sizes import config_of
 
 WEIGHTS = {"vfl": 1.0, "bbox": 5.0, "giou": 2.0, "fgl": 0.15, "ddf": 1.5}
@@ -173,6 +173,21 @@ def test_postprocessing_of_the_official_code(cases):
         torch.testing.assert_close(found.boxes, case["boxes_xyxy"])
 
 
+LARGE = [pytest.param(size, marks=pytest.mark.slow) for size in "mlx"]
+
+
+@pytest.mark.parametrize("size", ["n", "s", *LARGE])
+def test_names_and_shapes_are_those_of_the_official_code(recorded, size):
+    shapes = {
+        name: tuple(value.shape)
+        for name, value in to_official(DFineNet(config_of(size, 80))).items()
+        if not name.endswith("num_batches_tracked")  # L and X have none: their norms are frozen
+    }
+    lines = [f"{name}:{','.join(map(str, shape))}" for name, shape in sorted(shapes.items())]
+    found = {"tensors": len(lines), "crc32": zlib.crc32("\n".join(lines).encode())}
+    assert found == recorded("state_dicts")[size]
+
+
 @pytest.mark.parametrize(
     ("size", "training", "deployed"),
     [("n", 3.783, 3.754), ("s", 10.322, 10.237)],
@@ -200,13 +215,19 @@ def counts(size, training, deployed):
     # the official deployed form still holds the embedding that only denoising uses
     embedding = network.model.denoising_class_embed.weight.numel()
     assert millions(deploy(network, backbone=False), embedding) == deployed
-    assert millions(deploy(network)) < deployed
+    kinds = {type(module).__name__ for module in deploy(network).modules()}
+    assert not any("Norm2d" in kind for kind in kinds)
 
 
-def test_the_deployed_network_gives_the_same_detections(tiny):
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_deployed_network_gives_the_same_detections(frozen):
     torch.manual_seed(1)
+    config = config_of("tiny", 3, num_queries=20)
+    config.freeze_backbone_batch_norms = frozen  # as L and X
+    tiny = DFineNet(config, top=30).eval()
+    assert any("Frozen" in type(module).__name__ for module in tiny.modules()) == frozen
     for module in tiny.modules():  # statistics that fusing must respect
-        if isinstance(module, torch.nn.BatchNorm2d):
+        if "Norm2d" in type(module).__name__:
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
             module.weight.data.uniform_(0.5, 1.5)
@@ -221,7 +242,7 @@ def test_the_deployed_network_gives_the_same_detections(tiny):
     kept = [name for name, _ in slim.named_parameters()]
     assert not any("class_embed.0" in name or "lqe_layers.0" in name for name in kept)
     assert not any("denoising" in name for name in kept)
-    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in slim.modules())
+    assert not any("Norm2d" in type(module).__name__ for module in slim.modules())
 
 
 def test_an_official_file_loads_and_comes_back(tmp_path, tiny):
@@ -262,6 +283,34 @@ def test_other_classes_keep_what_fits(tmp_path, tiny):
     assert all("class_embed" in name or "enc_score" in name for name in left)
 
 
+def test_class_heads_between_objects365_and_coco_keep_the_common_classes(tmp_path):
+    from cohobate.detection.d_fine.checkpoint import _COCO_IN_OBJECTS365
+
+    assert len(set(_COCO_IN_OBJECTS365)) == 80
+    wide, narrow = (DFineNet(config_of("tiny", count, num_queries=10)) for count in (366, 80))
+    for network in (wide, narrow):
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter)
+    fresh = narrow.model.denoising_class_embed.weight.clone()
+    other = wide.model.decoder.class_embed[1].bias.clone()
+    left = load_weights_into(narrow, save_official(wide, tmp_path / "o.pth"), strict=False)
+    assert left == ["denoising_class_embed.weight"]
+    assert torch.equal(narrow.model.denoising_class_embed.weight, fresh)
+    # person, bicycle and toothbrush are the ids 1, 47 and 227 of Objects365
+    for own, index in ((0, 1), (1, 47), (79, 227)):
+        for head in ("enc_score_head", "decoder.class_embed.1"):
+            one, two = (n.model.get_submodule(head) for n in (narrow, wide))
+            assert torch.equal(one.weight[own], two.weight[index])
+            assert one.bias[own] == two.bias[index]
+    narrow.model.decoder.class_embed[1].bias.data.add_(1)
+    load_weights_into(wide, save_official(narrow, tmp_path / "c.pth"), strict=False)
+    back = wide.model.decoder.class_embed[1].bias
+    assert back[47] == narrow.model.decoder.class_embed[1].bias[1]
+    assert back[3] == narrow.model.decoder.class_embed[1].bias[56]  # chair
+    rest = [0, 2, 4, 5]  # of no class of COCO
+    assert torch.equal(back[rest], other[rest])
+
+
 def test_a_file_of_another_size_is_refused(tmp_path, tiny):
     file = save_official(tiny, tmp_path / "dfine.pth")
     with pytest.raises(InputError, match="another size"):
@@ -296,6 +345,19 @@ def test_gradients_reach_the_earlier_layers_through_the_residual_logits(tiny):
     assert tiny.model.decoder.pre_bbox_head.layers[-1].bias.grad is None or (
         not tiny.model.decoder.pre_bbox_head.layers[-1].bias.grad.any()  # b⁰ is detached
     )
+
+
+def test_the_pool_of_the_stem_is_torchs_own():
+    torch.manual_seed(0)
+    given = torch.randn(2, 3, 9, 8).relu_()
+    wanted = torch.nn.functional.max_pool2d(given, 2, 1)
+    assert torch.equal(StemPool()(given), wanted)
+    one, two = given.clone().requires_grad_(), given.clone().requires_grad_()
+    torch.nn.functional.max_pool2d(one, 2, 1).square().sum().backward()
+    found = StemPool()(two)
+    assert torch.equal(found, wanted)
+    found.square().sum().backward()
+    assert torch.equal(two.grad, one.grad)
 
 
 def test_plain_regression_has_no_distributions():

@@ -12,6 +12,7 @@ from torch import Tensor
 from cohobate.core.errors import InputError
 from cohobate.core.losses import info_nce
 from cohobate.lidar.metrics import confusion, intersection_over_union
+from cohobate.lidar.nets import UnitPixels
 from cohobate.lidar.slidr.losses import (
     lovasz_softmax,
     pixel_contrast,
@@ -171,6 +172,38 @@ def test_equal_features_give_the_logarithm_of_the_number_of_regions() -> None:
     assert loss.item() == pytest.approx(math.log(len(points)), rel=1e-5)
 
 
+@pytest.mark.parametrize("contrast", ["superpixel", "pixel"])
+def test_an_upsampled_map_need_not_be_held(contrast: str) -> None:
+    b = batch()
+    regions = b.pop("superpixels")
+    coarse = torch.randn(3, 6, 3, 5, requires_grad=True)
+    found = []
+    for form in (UnitPixels(coarse, (8, 12)), UnitPixels(coarse, (8, 12)).dense()):
+        rest = {**b, "teacher": form}
+        if contrast == "superpixel":
+            loss = superpixel_contrast(**rest, superpixels=regions)
+        else:
+            loss = pixel_contrast(**rest, chosen=torch.arange(0, 90, 2))
+        found.append((loss.detach(), *torch.autograd.grad(loss, coarse)))
+    for one, other in zip(*found, strict=True):
+        close(one, other)
+
+
+def test_an_image_without_pairs_takes_no_part() -> None:
+    b = batch()
+    seen = b["pairing_pixels"][:, 0] != 1
+    some = {**b, "pairing_points": b["pairing_points"][seen]}
+    some["pairing_pixels"] = b["pairing_pixels"][seen]
+    loss = superpixel_contrast(**some)
+    changed = b["teacher"].clone()
+    changed[1] = -changed[1]
+    assert torch.equal(superpixel_contrast(**{**some, "teacher": changed}), loss)
+    pixels = some["pairing_pixels"].clone()
+    pixels[:, 0] //= 2
+    rest = {"teacher": b["teacher"][[0, 2]], "superpixels": b["superpixels"][[0, 2]]}
+    close(superpixel_contrast(**{**some, **rest, "pairing_pixels": pixels}), loss)
+
+
 def test_labels_past_150_stay_in_their_image() -> None:
     b = batch()
     loss = superpixel_contrast(**b)
@@ -199,6 +232,11 @@ def test_nothing_to_learn_from_is_zero_with_a_gradient_and_a_warning() -> None:
     with pytest.warns(UserWarning, match="teaches nothing"):
         loss = superpixel_contrast(**empty)
     loss.backward()
+    coarse = torch.randn(3, 6, 3, 5, requires_grad=True)
+    with pytest.warns(UserWarning, match="teaches nothing"):
+        superpixel_contrast(**{**empty, "teacher": UnitPixels(coarse, (8, 12))}).backward()
+    assert coarse.grad is not None
+    assert coarse.grad.abs().max() == 0
     assert loss.item() == 0
     assert empty["student"].grad.abs().max() == 0
     del empty["superpixels"]

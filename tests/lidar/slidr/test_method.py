@@ -111,6 +111,29 @@ def test_the_encoder_is_frozen_and_the_head_learns(batch: dict[str, Any], contra
     assert all(p.grad is not None for p in model.network.parameters())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("contrast", ["superpixel", "pixel"])
+def test_a_step_on_cuda_equals_one_on_the_cpu(
+    batch: dict[str, Any], contrast: str, precision: str
+) -> None:
+    torch.manual_seed(0)
+    model, steps = small(contrast=contrast, samples=10**6), []
+    for device in ("cpu", "cuda"):
+        model.to(device).zero_grad()
+        moved = model.transfer_batch_to_device(batch, torch.device(device), 0)
+        half = device == "cuda" and precision == "bfloat16"
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            loss = model.training_step(moved, 0)
+        loss.backward()
+        kernel, head = model.network.final.kernel.grad, model.head[0].weight.grad
+        steps.append((loss.detach().cpu().float(), kernel.cpu().float(), head.cpu().float()))
+    for one, other in zip(*steps, strict=True):
+        alike = torch.cosine_similarity(one.flatten(), other.flatten(), dim=0)
+        assert alike > (0.999 if precision == "float32" else 0.95)
+    assert steps[1][0].item() == pytest.approx(steps[0][0].item(), rel=2e-2)
+
+
 def test_the_loss_starts_near_the_logarithm_of_the_regions(batch: dict[str, Any]) -> None:
     torch.manual_seed(0)
     loss = small().training_step(batch, 0).item()

@@ -94,8 +94,8 @@ def _overlaps(picture: Picture, labels: Tensor, boxes: Tensor) -> np.ndarray:
     true = torch.from_numpy(picture.boxes)
     if not len(true):
         return np.zeros(0)
-    iou = overlap(true[:, None], boxes[None])[0]
-    iou = iou.where(torch.from_numpy(picture.labels)[:, None] == labels[None], 0.0).numpy()
+    same = torch.from_numpy(picture.labels)[:, None] == labels[None]
+    iou = overlap(true[:, None], boxes[None])[0].where(same, 0.0).numpy()
     found = np.zeros(len(true))
     rows, columns = linear_sum_assignment(iou, maximize=True)
     found[rows] = iou[rows, columns]

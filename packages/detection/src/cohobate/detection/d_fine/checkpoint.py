@@ -44,6 +44,15 @@ _RENAMED = (  # official name → transformers' name, applied in order
     (r"(layers\.\d+)\.norm[23]\.", r"\1.final_layer_norm."),
     (r"\.self_attn\.out_proj\.", ".self_attn.o_proj."),
 )
+_CLASS_HEAD = re.compile(r"^(enc_score_head|decoder\.class_embed\.\d+)\.")
+# where COCO's 80 classes, in their order, stand among the classes of Objects365
+_COCO_IN_OBJECTS365 = (
+    0, 46, 5, 58, 114, 55, 116, 65, 21, 40, 176, 127, 249, 24, 56, 139, 92, 78, 99, 96, 144, 295,
+    178, 180, 38, 39, 13, 43, 120, 219, 148, 173, 165, 154, 137, 113, 145, 146, 204, 8, 35, 10, 88,
+    84, 93, 26, 112, 82, 265, 104, 141, 152, 234, 143, 150, 97, 2, 50, 25, 75, 98, 153, 37, 73, 115,
+    132, 106, 61, 163, 134, 277, 81, 133, 18, 94, 30, 169, 70, 328, 226,
+)  # fmt: skip
+_OBJECTS365 = 366  # rows of its released heads: ids from 1
 # made anew from the input's size, or stored twice
 _LEFT_OUT = re.compile(r"^decoder\.(anchors|valid_mask|up|reg_scale)$")
 _SKIPPED = ("num_batches_tracked",)
@@ -179,7 +188,8 @@ def load_weights_into(network: DFineNet, path: Path, *, strict: bool = True) -> 
         network: The network.
         path: The file or folder.
         strict: Refuse the file when a tensor is missing or has another shape. Otherwise such
-            tensors keep their initial values: that is how to fine-tune on other classes.
+            tensors keep their initial values: that is how to fine-tune on other classes. Between
+            Objects365 and COCO the class heads keep the rows of COCO's classes.
 
     Returns:
         Names of the network's tensors that were not filled.
@@ -188,6 +198,8 @@ def load_weights_into(network: DFineNet, path: Path, *, strict: bool = True) -> 
         InputError: A tensor does not fit, or nothing does.
     """
     weights, own = read_weights(path), network.model.state_dict()
+    if not strict:
+        weights |= _class_heads(weights, own)
     fitting = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
     missing = [k for k in own if k not in fitting and not k.endswith(_SKIPPED)]
     if strict and missing:
@@ -200,6 +212,21 @@ def load_weights_into(network: DFineNet, path: Path, *, strict: bool = True) -> 
         raise InputError(f"{path}: most of the network finds no weights there; is it another size?")
     network.model.load_state_dict(fitting, strict=False)
     return missing
+
+
+def _class_heads(weights: Weights, own: Weights) -> Weights:
+    """Class heads of Objects365 for COCO's classes, or the other way round."""
+    rows = torch.tensor(_COCO_IN_OBJECTS365) + 1
+    found: Weights = {}
+    for name, given in weights.items():
+        if name not in own or not _CLASS_HEAD.match(name):
+            continue
+        counts = len(given), len(own[name])
+        if counts == (_OBJECTS365, len(rows)):
+            found[name] = given[rows]
+        elif counts == (len(rows), _OBJECTS365):
+            found[name] = own[name].clone().index_copy_(0, rows, given.to(own[name]))
+    return found
 
 
 def save_official(network: DFineNet, path: Path) -> Path:

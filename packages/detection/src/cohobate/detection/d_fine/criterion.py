@@ -258,13 +258,13 @@ class Criterion:
     def _localization(self, part: Matched) -> Tensor:
         edges, last = part.outputs.edges, part.outputs.layers - 1
         assert edges is not None
-        place = (part.own[last] >= 0).nonzero(as_tuple=True)
-        student, teacher = edges[:last, *place], edges[last][place].detach()
+        image, query = (part.own[last] >= 0).nonzero(as_tuple=True)
+        student, teacher = edges[:last, image, query], edges[last, image, query].detach()
         kl = forward_kl(
             student, teacher.expand_as(student), temperature=self.temperature,
             class_dim=-1, reduction="none",
         )  # fmt: skip
-        return kl.flatten(1).sum(1) / (4 * max(len(place[0]), 1))
+        return kl.flatten(1).sum(1) / (4 * max(len(image), 1))
 
     def _logits(self, part: Matched) -> Tensor:
         last = part.outputs.layers - 1
@@ -300,8 +300,9 @@ def _each(found: Terms, names: list[str]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _pairs(outputs: Outputs, match: Tensor, targets: Targets) -> Pairs:
-    place = (match >= 0).nonzero(as_tuple=True)
-    true = targets.boxes[place[1], match[place]]
+    output, image, query = (match >= 0).nonzero(as_tuple=True)
+    place = output, image, query
+    true = targets.boxes[image, match[place]]
     iou, giou = overlap(to_xyxy(outputs.boxes[place]), to_xyxy(true))
     return Pairs(place, true, iou.detach(), giou)
 

@@ -11,7 +11,7 @@ References:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -81,14 +81,19 @@ def decode(reference: Tensor, offsets: Tensor, reg_scale: float | Tensor = 4.0) 
         >>> decode(torch.tensor([0.5, 0.5, 0.2, 0.2]), torch.tensor([1.0, 0.0, 0.0, 0.0]))
         tensor([0.4750, 0.5000, 0.2500, 0.2000])
     """
-    s = abs(reg_scale)
+    s = _magnitude(reg_scale)
     centre, unit = reference[..., :2], reference[..., 2:] / s
     low = centre - (0.5 * s + offsets[..., :2]) * unit
     high = centre + (0.5 * s + offsets[..., 2:]) * unit
     return torch.cat([(low + high) / 2, high - low], -1)
 
 
-class BinTargets(NamedTuple):
+def _magnitude(scale: float | Tensor) -> float | Tensor:
+    return scale.abs() if isinstance(scale, Tensor) else abs(scale)
+
+
+@dataclass(frozen=True)
+class BinTargets:
     """Where the true edges lie among the bins.
 
     Attributes:
@@ -117,7 +122,7 @@ def bin_targets(
     Returns:
         An edge below W(0) or from W(N) on has all its weight on the end bin.
     """
-    s = abs(reg_scale)
+    s = _magnitude(reg_scale)
     centre, unit = reference[..., :2], reference[..., 2:] / s + 1e-16
     outward = torch.cat([(centre - boxes[..., :2]) / unit, (boxes[..., 2:] - centre) / unit], -1)
     phi = (outward - 0.5 * s).contiguous()

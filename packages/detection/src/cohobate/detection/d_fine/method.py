@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cohobate.core.errors import InputError
 from cohobate.core.io import load_checkpoint
 from cohobate.core.module import DistillModule
 from cohobate.detection.boxes import Targets
@@ -19,7 +20,7 @@ from cohobate.detection.d_fine.criterion import Criterion, Distillation, Matched
 from cohobate.detection.d_fine.denoising import Denoising
 from cohobate.detection.d_fine.ema import WarmEMA
 from cohobate.detection.d_fine.network import DFineNet, Regression, best, deploy
-from cohobate.detection.d_fine.optim import RATES, parameter_groups
+from cohobate.detection.d_fine.optim import RATES, adamw
 from cohobate.detection.d_fine.sizes import Size, config_of
 from cohobate.detection.data import Batch, Category, Picture
 from cohobate.detection.metrics import CocoScores
@@ -84,6 +85,9 @@ class DFine(DistillModule):
         ema_restart: Decay in the second stage.
         distill: False trains without the last layer's lessons and with each output's own match.
 
+    Raises:
+        InputError: The options contradict each other.
+
     References:
         arXiv 2410.13842.
     """
@@ -119,6 +123,10 @@ class DFine(DistillModule):
         distill: bool = True,
     ) -> None:
         super().__init__(distill=distill, weights={**WEIGHTS, **(weights or {})})
+        if distill and regression == "plain" and distillation in ("go_lsd", "localization"):
+            raise InputError(
+                f"model.distillation: plain regression has no edge distributions for {distillation}"
+            )
         self.categories, self.size, self.stop_epoch = categories, size, stop_epoch
         config = config_of(
             variant, len(categories), num_queries=num_queries, decoder_layers=decoder_layers
@@ -163,8 +171,15 @@ class DFine(DistillModule):
                 log.info("%s: %d tensors start afresh, %s first", self.init, len(fresh), fresh[0])
 
     def forward_train(self, batch: Batch) -> Pass:
-        """All layers' outputs and their matches."""
-        targets = batch.targets
+        """All layers' outputs and their matches.
+
+        Raises:
+            InputError: An image has a pixel that is no finite number: its losses would be nothing.
+        """
+        targets, finite = batch.targets, batch.images.isfinite().flatten(1).all(1)
+        if not finite.all():
+            name = batch.pictures[int(finite.long().argmin())].name
+            raise InputError(f"{name}: has pixels that are no finite numbers")
         outputs, noised = self.network.outputs(batch.images, targets, self.denoising)
         return Pass(self.criterion.match(outputs, targets, noised), targets)
 
@@ -178,8 +193,8 @@ class DFine(DistillModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW at constant rates after a linear warm-up."""
-        groups = [g for g in parameter_groups(self.network, self.rates) if g["params"]]
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), foreach=True)
+        mixed = self._trainer is not None and "mixed" in str(self.trainer.precision)
+        optimizer = adamw(self.network, self.rates, mixed=mixed)
         steps = max(self.warmup, 1)
         warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warm, "interval": "step"}}

@@ -92,6 +92,7 @@ class DFineNet(nn.Module):
         super().__init__()
         self.config, self.regression, self.top = config, regression, top
         self.model: Any = DFineForObjectDetection(config).model
+        self.model.backbone.model.embedder.pool = StemPool()
         initialise(self.model)
         if regression == "plain":
             self._make_plain()
@@ -142,7 +143,7 @@ class DFineNet(nn.Module):
         memory = self.encode(images)
         noised: Queries | None = None
         if targets is not None and denoising is not None:
-            noised = denoising(targets, self.config.num_labels, self.config.num_queries)
+            noised = denoising(targets, memory.logits.shape[-1], self.config.num_queries)
         content, boxes, blocked = memory.content, memory.boxes, None
         if noised is not None:
             labels = self.model.denoising_class_embed(noised.labels).to(content.dtype)
@@ -274,6 +275,22 @@ class DFineNet(nn.Module):
         return weighting(self.config.max_num_bins, decoder.up, decoder.reg_scale)
 
 
+class StemPool(nn.Module):
+    """The maximum of 2 × 2 pixels at stride 1.
+
+    torch's own kernel is many times slower on a CPU in the layout of the images.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` → ``(B, C, H - 1, W - 1)``."""
+        if x.device.type != "cpu" or torch.compiler.is_exporting():
+            return F.max_pool2d(x, 2, 1)
+        if x.requires_grad:  # the fast kernel is that of the other layout
+            return F.max_pool2d(x.contiguous(memory_format=torch.channels_last), 2, 1).contiguous()
+        rows = torch.maximum(x[..., :-1, :], x[..., 1:, :])
+        return torch.maximum(rows[..., :-1], rows[..., 1:])
+
+
 class _State:
     """What goes from layer to layer beside the content.
 
@@ -359,8 +376,8 @@ def deploy(network: DFineNet, *, backbone: bool = True) -> DFineNet:
 
     Args:
         network: A trained network.
-        backbone: Also fuse the backbone and the projections behind it, which the official form
-            leaves as they are.
+        backbone: Also fuse the backbone and the projections behind it and the encoder, which the
+            official form leaves as they are.
 
     Returns:
         The same detections from fewer operations; it cannot be trained.
@@ -373,15 +390,18 @@ def deploy(network: DFineNet, *, backbone: bool = True) -> DFineNet:
         for n in range(len(heads) - 1):
             heads[n] = nn.Identity()
     slim.model.denoising_class_embed = nn.Identity()
-    for module in list(slim.modules()):
+    modules: list[Any] = list(slim.modules())  # of transformers, known by the parts they have
+    for module in modules:
         if hasattr(module, "conv") and hasattr(module, "norm"):
             module.conv, module.norm = fuse(module.conv, module.norm), nn.Identity()
         if backbone and hasattr(module, "convolution"):
             module.convolution = fuse(module.convolution, module.normalization)
             module.normalization = nn.Identity()
-    for n, project in enumerate(slim.model.encoder_input_proj if backbone else ()):
-        slim.model.encoder_input_proj[n] = fuse(project[0], project[1])
-    for module in list(slim.modules()):
+    for projects in (slim.model.encoder_input_proj, slim.model.decoder_input_proj):
+        for n, project in enumerate(projects if backbone else ()):
+            if not isinstance(project, nn.Identity):
+                projects[n] = fuse(project[0], project[1])
+    for module in modules:
         if hasattr(module, "bottlenecks"):
             for n, block in enumerate(module.bottlenecks):
                 module.bottlenecks[n] = nn.Sequential(_one_convolution(block), block.activation)
@@ -390,10 +410,13 @@ def deploy(network: DFineNet, *, backbone: bool = True) -> DFineNet:
 
 @torch.no_grad()
 def fuse(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
-    """One convolution that does what a convolution and its batch norm do in evaluation."""
+    """One convolution that does what a convolution and its batch norm do in evaluation.
+
+    The frozen norm of the sizes L and X has no ``eps`` of its own: it is 1e-5.
+    """
     assert norm.running_var is not None
     assert norm.running_mean is not None
-    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    scale = norm.weight / (norm.running_var + getattr(norm, "eps", 1e-5)).sqrt()
     fused = nn.utils.skip_init(
         nn.Conv2d, conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,
         conv.padding, groups=conv.groups, device=conv.weight.device, dtype=conv.weight.dtype,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from cohobate.detection.d_fine.network import DFineNet
@@ -67,3 +68,16 @@ def parameter_groups(network: DFineNet, rates: Rates) -> list[dict[str, Any]]:
         {"params": spared, "lr": rates.lr, "weight_decay": 0.0},
         {"params": rest, "lr": rates.lr, "weight_decay": rates.weight_decay},
     ]
+
+
+def adamw(network: DFineNet, rates: Rates, *, mixed: bool = False) -> torch.optim.AdamW:
+    """AdamW over the groups, all tensors in one call.
+
+    Args:
+        network: The network, on its device.
+        rates: Its rates.
+        mixed: Whether the precision is mixed: a fused step leaves the trainer nothing to clip then.
+    """
+    groups = [group for group in parameter_groups(network, rates) if group["params"]]
+    fused = not mixed and next(network.parameters()).device.type == "cpu"
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=fused, foreach=not fused)

@@ -89,10 +89,12 @@ def read_picture(path: Path) -> np.ndarray:
     """Read an image as ``(H, W, 3)`` uint8 RGB.
 
     Raises:
-        InputError: The file is missing or damaged.
+        InputError: The file is missing or damaged, or has a pixel that is no number.
     """
     try:
         with Image.open(path) as picture:
+            if picture.mode == "F" and not np.isfinite(np.asarray(picture)).all():
+                raise ValueError("a pixel is no finite number")
             return np.asarray(picture.convert("RGB"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such picture") from None
@@ -138,7 +140,7 @@ def inside(
     if not np.isfinite(boxes).all():
         raise InputError(f"{source}: a box has a coordinate that is no number")
     clipped = boxes.clip(0, [width, height, width, height]).astype(np.float32)
-    kept = (clipped[:, 2:] > clipped[:, :2]).all(1)
+    kept: np.ndarray = np.all(clipped[:, 2:] > clipped[:, :2], axis=1)
     return clipped[kept], kept
 
 

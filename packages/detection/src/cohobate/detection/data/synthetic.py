@@ -35,17 +35,19 @@ def shapes(count: int, seed: int, size: int = 96) -> Annotated:
 def _picture(rng: np.random.Generator, name: str, size: int) -> Picture:
     y, x = np.mgrid[:size, :size] + 0.5
     wave = np.sin(x * rng.uniform(0.02, 0.2) + y * rng.uniform(0.02, 0.2))
-    image = rng.uniform(60, 190, 3) + 25 * wave[..., None] + rng.normal(0, 12, (size, size, 3))
+    ground = rng.uniform(60, 190, 3)
+    image = ground + 25 * wave[..., None] + rng.normal(0, 12, (size, size, 3))
     masks: list[np.ndarray] = []
     labels: list[int] = []
     for _ in range(rng.integers(1, 7)):
         label = int(rng.integers(len(CATEGORIES)))
-        half = rng.uniform(0.05, 0.22, 2) * size
+        half = rng.uniform(0.07, 0.22, 2) * size
         cx, cy = rng.uniform(0.12, 0.88, 2) * size
         u, v = (x - cx) / half[0], (y - cy) / half[1]
         mask = [u**2 + v**2 < 1, np.maximum(abs(u), abs(v)) < 1,
                 (v < 1) & (v > 2 * abs(u) - 1)][label]  # fmt: skip
-        image[mask] = rng.uniform(0, 255, 3) + rng.normal(0, 12, (int(mask.sum()), 3))
+        colour = (ground + rng.uniform(80, 176, 3)) % 256  # never near that of the ground
+        image[mask] = colour + rng.normal(0, 12, (int(mask.sum()), 3))
         masks = [m & ~mask for m in masks] + [mask]
         labels.append(label)
     seen = [n for n, m in enumerate(masks) if m.sum() >= 12]

@@ -51,7 +51,8 @@ class ToInput:
     """
 
     def __init__(self, size: int, augment: Augment | None = None) -> None:
-        self._strong = augment.strong() if augment else None
+        any_strong = augment and (augment.distort or augment.zoom_out or augment.crop)
+        self._strong = augment.strong() if augment and any_strong else None
         flip = [v2.RandomHorizontalFlip(augment.flip)] if augment else []
         last = [v2.Resize((size, size), antialias=True), v2.SanitizeBoundingBoxes(min_size=1)]
         self._plain = v2.Compose(flip + (last if augment else last[:1]))

@@ -28,6 +28,7 @@ SEQUENCES = {
     "train": (0, 1, 2, 3, 4, 5, 6, 7, 9, 10),
     "val": (8,),
     "test": tuple(range(11, 22)),
+    "all": tuple(range(22)),
 }
 
 
@@ -36,7 +37,7 @@ def semantic_frames(root: Path, split: str, every: int = 1) -> list[Frame]:
 
     Args:
         root: With ``sequences/NN/velodyne`` and ``labels`` (or ``dataset/sequences``).
-        split: ``train``, ``val`` or ``test``.
+        split: ``train``, ``val``, ``test`` or ``all``.
         every: Keep the first sweep and then each so many-th, over all sequences together.
 
     Raises:

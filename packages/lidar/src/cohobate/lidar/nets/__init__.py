@@ -2,6 +2,7 @@
 
 from cohobate.lidar.nets.build import Network, build
 from cohobate.lidar.nets.image import Architecture, ImageHead, ImageNetwork, WeightsOf
+from cohobate.lidar.nets.pixels import UnitPixels
 from cohobate.lidar.nets.unet import ResUNet
 from cohobate.lidar.nets.voxelnet import VoxelNet
 
@@ -11,6 +12,7 @@ __all__ = [
     "ImageNetwork",
     "Network",
     "ResUNet",
+    "UnitPixels",
     "VoxelNet",
     "WeightsOf",
     "build",

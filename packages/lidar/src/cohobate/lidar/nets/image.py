@@ -14,6 +14,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from cohobate.core.errors import InputError
 from cohobate.core.io import fitting_weights, load_weights
+from cohobate.lidar.nets.pixels import UnitPixels
 
 Architecture = Literal[
     "resnet50", "resnet50-stride32", "resnet18-stride32", "resnet18-half",
@@ -87,29 +88,28 @@ class ImageNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] → unit features (B, D, H, W)."""
-        return self.decoder(self.encode(images))
+        return self.decoder(self.encode(images)).dense()
 
 
 class ImageHead(nn.Sequential):
-    """A product on every pixel, bilinear upsampling, norm 1.
+    """A product on every place of the encoder's grid; features of pixels lie between them.
 
     Args:
         in_channels: C of the encoder.
         out_channels: D.
-        scale: Upsampling factor.
+        scale: Pixels a place, along either axis.
     """
 
     def __init__(self, in_channels: int, out_channels: int, scale: int) -> None:
-        super().__init__(
-            nn.Conv2d(in_channels, out_channels, 1),
-            nn.Upsample(scale_factor=scale, mode="bilinear", align_corners=True),
-        )
+        super().__init__(nn.Conv2d(in_channels, out_channels, 1))
+        self.scale = scale
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, C, h, w) → (B, D, scale·h, scale·w)."""
-        # Channels last: pooling then reads whole feature vectors without a copy.
-        projected = self[0](features.contiguous(memory_format=torch.channels_last))
-        return F.normalize(self[1](projected), dim=1)
+    def forward(self, features: Tensor) -> UnitPixels:
+        """(B, C, h, w) → unit features (B, D, scale·h, scale·w), bilinear, not held."""
+        # Channels last: whole feature vectors are then read without a copy.
+        coarse = self[0](features.contiguous(memory_format=torch.channels_last))
+        height, width = coarse.shape[2:]
+        return UnitPixels(coarse, (self.scale * height, self.scale * width))
 
 
 def encoder_weights(encoder: nn.Module, path: Path, weights_of: WeightsOf) -> dict[str, Tensor]:

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from cohobate.core.errors import InputError
 from cohobate.core.losses import info_nce, segment_mean
+from cohobate.lidar.nets.pixels import UnitPixels, pixels_at, region_means
 
 EPS = 1e-6
 
 
 def superpixel_contrast(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | UnitPixels,
     pairing_points: Tensor,
     pairing_pixels: Tensor,
     superpixels: Tensor,
@@ -32,7 +33,7 @@ def superpixel_contrast(
 
     Args:
         student: Unit features of points or voxels (N, D).
-        teacher: Unit features of pixels (I, D, H, W).
+        teacher: Unit features of pixels (I, D, H, W); those of an upsampled map need not be held.
         pairing_points: Row of the student of each pair (P,).
         pairing_pixels: Image, row and column of each pair (P, 3).
         superpixels: Label of every pixel (I, H, W), any numbers from 0 on, counted in each image
@@ -64,13 +65,13 @@ def superpixel_contrast(
     points, pixels = pool(student, teacher, pairing_points, pairing_pixels, superpixels)
     if not len(points):
         warnings.warn("no superpixel holds a pair: this batch teaches nothing", stacklevel=2)
-        return student.sum() * 0 + teacher.sum() * 0
+        return nothing(student, teacher)
     return info_nce(points, pixels, temperature=temperature, normalize=False)
 
 
 def pool(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | UnitPixels,
     pairing_points: Tensor,
     pairing_pixels: Tensor,
     superpixels: Tensor,
@@ -91,7 +92,7 @@ def pool(
         InputError: Shapes do not fit, a label is negative, a pair lies outside.
     """
     check_pairs(student, teacher, pairing_points, pairing_pixels)
-    images, channels, height, width = teacher.shape
+    images, _, height, width = teacher.shape
     if superpixels.shape != (images, height, width):
         raise InputError(
             f"superpixels: {tuple(superpixels.shape)} for images of {(images, height, width)}"
@@ -103,27 +104,24 @@ def pool(
     if high >= height * width:
         raise InputError(f"superpixels: label {high} in an image of {height * width} pixels")
     stride = high + 1
-    first = torch.arange(images, device=labels.device)[:, None, None] * stride
-    regions = labels + first
     image, row, column = pairing_pixels.unbind(1)
     points, count = segment_mean(
         student.index_select(0, pairing_points),
-        regions[image, row, column],
+        labels[image, row, column] + image * stride,
         images * stride,
         eps=EPS,
     )
-    held = count.nonzero().flatten()
-    # Only what holds a pair is pooled: the others would be thrown away.
-    place = torch.full_like(count, -1, dtype=torch.long)
-    place[held] = torch.arange(len(held), device=held.device)
-    rows = teacher.permute(0, 2, 3, 1).reshape(-1, channels)
-    pixels, _ = segment_mean(rows, place[regions.flatten()], len(held), eps=EPS)
-    return points.index_select(0, held), pixels
+    # Only what holds a pair is pooled, and is numbered anew in each image.
+    held = count.view(images, stride) > 0
+    numbers = torch.where(held, held.cumsum(1) - 1, -1)
+    regions = numbers.gather(1, labels.flatten(1)).view_as(labels)
+    pixels = region_means(teacher, regions, max(int(numbers.max()) + 1, 1), eps=EPS)
+    return points[held.flatten()], pixels[held.nonzero()[:, 0], numbers[held]]
 
 
 def pixel_contrast(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | UnitPixels,
     pairing_points: Tensor,
     pairing_pixels: Tensor,
     *,
@@ -161,15 +159,28 @@ def pixel_contrast(
         chosen = torch.randperm(len(pairing_points), device=pairing_points.device)[:samples]
     if not len(chosen):
         warnings.warn("no pair of point and pixel: this batch teaches nothing", stacklevel=2)
-        return student.sum() * 0 + teacher.sum() * 0
-    image, row, column = pairing_pixels.index_select(0, chosen).unbind(1)
+        return nothing(student, teacher)
     points = student.index_select(0, pairing_points.index_select(0, chosen))
-    pixels = teacher.permute(0, 2, 3, 1)[image, row, column]
+    pixels = pixels_at(teacher, pairing_pixels.index_select(0, chosen))
     return info_nce(points, pixels, temperature=temperature, normalize=False)
 
 
+def nothing(student: Tensor, teacher: Tensor | UnitPixels) -> Tensor:
+    """A loss of 0 with gradients of 0.
+
+    Args:
+        student: Of any shape.
+        teacher: Features of pixels.
+    """
+    pixels = teacher.coarse if isinstance(teacher, UnitPixels) else teacher
+    return student.sum() * 0 + pixels.sum() * 0
+
+
 def check_pairs(
-    student: Tensor, teacher: Tensor, pairing_points: Tensor, pairing_pixels: Tensor
+    student: Tensor,
+    teacher: Tensor | UnitPixels,
+    pairing_points: Tensor,
+    pairing_pixels: Tensor,
 ) -> None:
     """Whether every pair lies in the features, in one line instead of a device error.
 
@@ -182,7 +193,7 @@ def check_pairs(
     Raises:
         InputError: Shapes do not fit, or a pair lies outside.
     """
-    if student.dim() != 2 or teacher.dim() != 4 or student.shape[1] != teacher.shape[1]:
+    if student.dim() != 2 or len(teacher.shape) != 4 or student.shape[1] != teacher.shape[1]:
         raise InputError(
             f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)}, "
             "expected (N, D) and (I, D, H, W)"

@@ -12,7 +12,7 @@ from cohobate.core.errors import InputError
 from cohobate.core.module import DistillModule
 from cohobate.core.teachers import FrozenTeacher
 from cohobate.lidar.data import Batch, Intensity, Voxels
-from cohobate.lidar.nets import Architecture, ImageNetwork, Network, WeightsOf, build
+from cohobate.lidar.nets import Architecture, ImageNetwork, Network, UnitPixels, WeightsOf, build
 from cohobate.lidar.plots import superpixel_picture
 from cohobate.lidar.slidr.checkpoint import settings_tensor
 from cohobate.lidar.slidr.losses import pixel_contrast, superpixel_contrast
@@ -27,11 +27,11 @@ class Features(NamedTuple):
 
     Attributes:
         points: Of voxels or points (N, D).
-        pixels: Of pixels (I, D, H, W); ``None`` where nothing is distilled.
+        pixels: Of pixels (I, D, H, W), not held; ``None`` where nothing is distilled.
     """
 
     points: Tensor
-    pixels: Tensor | None
+    pixels: UnitPixels | None
 
 
 class Pretrain(DistillModule):

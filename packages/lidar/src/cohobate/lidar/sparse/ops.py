@@ -26,7 +26,8 @@ def sparse_conv(
         backend: ``torch``, plain PyTorch on any device; ``spconv``, the library of that name.
 
     Returns:
-        (M, C_out); zero where no pair ends.
+        (M, C_out); zero where no pair ends. Under autocast it is computed in float32: many products
+        are added to one row.
 
     Raises:
         InputError: Shapes do not fit, or the backend is not installed.
@@ -43,13 +44,17 @@ def sparse_conv(
             f"kernel: {tuple(kernel.shape)} with features {tuple(features.shape)} on a map of "
             f"{expected[0]} elements from {pairs.size_in} rows"
         )
-    if backend == "torch":
-        return _GatherMatmulScatter.apply(features, kernel, pairs)
-    if backend == "spconv":
+    if backend not in get_args(Backend):
+        raise InputError(f"backend: '{backend}' is none of {', '.join(get_args(Backend))}")
+    device = features.device.type
+    if torch.is_autocast_enabled(device):
+        features, kernel = features.float(), kernel.float()
+    with torch.autocast(device, enabled=False):
+        if backend == "torch":
+            return _GatherMatmulScatter.apply(features, kernel, pairs)
         from cohobate.lidar.sparse import spconv
 
         return spconv.convolve(features, kernel, pairs)
-    raise InputError(f"backend: '{backend}' is none of {', '.join(get_args(Backend))}")
 
 
 class _GatherMatmulScatter(torch.autograd.Function):
