@@ -176,6 +176,41 @@ def test_a_pdbbind_style_folder(tmp_path):
     assert problems.lines() == ["2abc_protein.pdb: folder: no 2abc_ligand.sdf or .mol2"]
 
 
+BINDINGDB = """\
+BindingDB MonomerID\tLigand SMILES\tTarget Name\tKi (nM)\tIC50 (nM)\tKd (nM)
+11\tCC(=O)Nc1ccccc1\tKinase\t 100 \t5\t
+12\tCC(=O)Nc1ccccc1\tKinase\t1\t\t
+13\tc1ccccc1O\tKinase\t\t>10000\t
+14\tC1CC\tKinase\t\t10\t
+15\tc1ccccc1N\tKinase\t\t\t
+16\tCCO\tOther\t1\t\t
+17\tCCN\tKinase\t\t1000\t10
+"""
+
+
+def test_a_bindingdb_table(tmp_path):
+    source = embedded_folder()
+    (tmp_path / "p.pdb.gz").write_bytes((source / "CDK2.pocket.pdb.gz").read_bytes())
+    (tmp_path / "l.sdf.gz").write_bytes((source / "CDK2.poses.sdf.gz").read_bytes())
+    (tmp_path / "b.tsv").write_text(BINDINGDB)
+    sites = tmp_path / "receptors.csv"
+    sites.write_text("target,receptor,ligand\nKinase,p.pdb.gz,l.sdf.gz\n")
+    problems = Problems()
+    found = load(tmp_path, problems)
+    assert [(c.name, c.label) for c in found] == [("11", 8.0), ("17", 8.0)]
+    assert not found[0].molecule.GetNumConformers()
+    assert [line.split(": ", 2)[1] for line in problems.lines()] == ["line 4", "line 5", "line 6"]
+    assert "IC50 (nM) >10000: not a value" in problems.lines()[0]
+    assert found[0].features()["pose"].isnan().all()
+    sites.write_text("target,receptor,ligand\nKinase,p.pdb.gz,\n")
+    with pytest.raises(InputError, match="line 2: needs target, receptor and ligand"):
+        load(tmp_path, Problems())
+    (tmp_path / "b.tsv").write_text("Target Name\tx\n")
+    sites.write_text("target,receptor,ligand\nKinase,p.pdb.gz,l.sdf.gz\n")
+    with pytest.raises(InputError, match="no column Ligand SMILES"):
+        load(tmp_path, Problems())
+
+
 def test_the_formats_of_real_files(real):
     box = Box.read(real / "formats" / "1iep_receptor.box.txt")
     assert box.centre == (15.19, 53.903, 16.917)

@@ -1,73 +1,87 @@
-"""What the student saves, and what each stage did in the runs of a comparison.
+"""What the student saves, what each stage adds, and tables of labelled libraries.
 
-    python tests/benchmarks/docking/bench_aurobind.py [--compare DIR] [--out FILE]
+    python tests/benchmarks/docking/bench_aurobind.py speed
+    python tests/benchmarks/docking/bench_aurobind.py stages WORK [--root DIR] [--longer N]
+    python tests/benchmarks/docking/bench_aurobind.py dude DATA TABLE
 
-Seconds are those of the process for one molecule and one core: a new molecule from its SMILES and
-one in a cached library by the student, fitness and a pose of 200 steps by the structure model, a
-pose by AutoDock Vina (where it is installed) at its own exhaustiveness of 8. ``--compare`` is the
-folder of ``cohobate compare docking/aurobind``; its stages are put beside each other, seed by seed.
+``speed``: seconds are those of the process for one molecule and one core: a new molecule from its
+SMILES and one in a cached library by the student, fitness and a pose of 200 steps by the structure
+model, a pose by AutoDock Vina (where it is installed) at its own exhaustiveness of 8.
+
+``stages`` trains the default recipe and its variants in ``WORK/seed-<n>`` and puts them side by
+side, seed by seed; what is finished is kept, so that ``WORK`` may be the folder ``distilled`` of
+``cohobate compare docking/aurobind``. ``--root`` takes other complexes, split by protein, and
+``--longer`` trains every stage so many times as long. ``--collect`` trains nothing and puts
+together what is there.
+
+``dude`` writes the table that ``cohobate-docking retrospective`` reads, for the DUD-E libraries and
+the FEP benchmark's complexes in one folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
-import platform
+import shlex
+import shutil
 import statistics
-import time
+import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from rdkit import Chem
 
-from cohobate.core import catalog
+from cohobate.core import catalog, runs
+from cohobate.core.catalog import overlay
 from cohobate.core.errors import InputError
 from cohobate.core.recipes import read_config
 from cohobate.core.testing import build
+from cohobate.core.testing.bench import in_turn, medians, write_rows
 from cohobate.docking import vina
 from cohobate.docking.aurobind import structure
 from cohobate.docking.aurobind.predict import StudentScorer, teacher_fitness
-from cohobate.docking.data import ComplexData
+from cohobate.docking.data import ComplexData, Split
 from cohobate.docking.data.features import collate
 from cohobate.docking.screen import features
 
 ROOT = Path(__file__).parents[3]
+RESULTS = ROOT / "docs/results"
 
 
 def main() -> None:
     """Measure and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--compare", type=Path)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/results/bench-aurobind.json")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["speed", "stages", "dude"])
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("table", type=Path, nargs="?")
+    parser.add_argument("--root", type=Path)
+    parser.add_argument("--longer", type=int, default=1)
+    parser.add_argument("--collect", action="store_true", help="train nothing")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    data = ComplexData(max_residues=24)
-    data.setup()
-    rows = [*throughput(data), *placements(data)]
-    if asked.compare is not None:
-        rows += stages(asked.compare)
-    content = {
-        "command": "python tests/benchmarks/docking/bench_aurobind.py --compare DIR",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread, process seconds",
-        "versions": {name: version(name) for name in ("torch", "rdkit", "cohobate-docking")},
-        "rows": rows,
-    }
-    asked.out.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    for row in rows:
-        print(row)
-
-
-def seconds(call: Callable[[], object], repeat: int = 3) -> float:
-    """Least process seconds of a call."""
-    call()
-    found = []
-    for _ in range(repeat):
-        start = time.process_time()
-        call()
-        found.append(time.process_time() - start)
-    return min(found)
+    if asked.what == "dude":
+        dude(asked.folder, asked.table)
+        return
+    if asked.what == "speed":
+        data = ComplexData(max_residues=24)
+        data.setup()
+        name, rows = "bench-aurobind", throughput(data)
+    else:
+        name = "bench-aurobind-stages"
+        rows = stages(asked.folder, asked.seeds, asked.root, asked.longer, not asked.collect)
+    words = shlex.join(str(word).replace(f"{ROOT}/", "") for word in sys.argv)
+    out = asked.out or RESULTS / f"{name}.json"
+    write_rows(out, words, ("torch", "rdkit", "cohobate-docking"), rows)
+    for one in rows:
+        print(one)
 
 
 def row(what: str, result: str, note: str) -> dict[str, str]:
@@ -87,21 +101,25 @@ def throughput(data: ComplexData) -> list[dict[str, str]]:
     codes = scorer.encode(*features(smiles)[:2]).astype(np.float16)
     batch = collate([c.features() for c in some])
     known = model.network.trunk(batch)
-    spent = {
-        "cached": seconds(lambda: scorer.score(codes)) / len(smiles),
-        "SMILES": seconds(lambda: scorer.encode(*features(smiles[:512])[:2])) / 512,
-        "fitness": seconds(lambda: teacher_fitness(model, molecules, pocket)) / len(molecules),
-        "pose": seconds(lambda: structure.roll_out(model.network, batch, known, 1, 200), 1)
-        / len(molecules),
+    quick = {
+        "cached": lambda: scorer.score(codes),
+        "SMILES": lambda: scorer.encode(*features(smiles[:512])[:2]),
+        "fitness": lambda: teacher_fitness(model, molecules, pocket),
     }
-    spent["SMILES"] += spent["cached"]
+    slow: dict[str, Callable[[], object]] = {
+        "pose": lambda: structure.roll_out(model.network, batch, known, 1, 200)
+    }
     try:
         receptor, box = vina.target("CDK2")
         small = vina.Box(box.centre, (20.0, 20.0, 20.0))
         docker = vina.Docker(receptor, small, exhaustiveness=8)
-        spent["Vina"] = seconds(lambda: docker.dock(molecules[0]), 1)
+        slow["Vina"] = lambda: docker.dock(molecules[0])
     except InputError as error:
         print(f"no row for Vina: {error}")
+    taken = medians(in_turn(quick, 3)) | medians(in_turn(slow, 1))
+    number = {"cached": len(smiles), "SMILES": 512, "Vina": 1}
+    spent = {name: value / number.get(name, len(molecules)) for name, value in taken.items()}
+    spent["SMILES"] += spent["cached"]
     about = {
         "cached": "student, molecule in a cached library",
         "SMILES": "student, new molecule from its SMILES",
@@ -126,7 +144,7 @@ def placements(data: ComplexData) -> list[dict[str, str]]:
     for seed in range(3):
         rng = np.random.default_rng(seed)
         rmsd: dict[str, list[float]] = {name: [] for name in found}
-        for place in data.places("test", pose=True):
+        for place in data.places("test", pose=True)[:40]:
             one = data.data.complexes[place]
             centre = one.molecule.GetConformer().GetPositions().mean(0) - one.pocket.centre
             try:
@@ -144,29 +162,144 @@ def placements(data: ComplexData) -> list[dict[str, str]]:
         for name, values in rmsd.items():
             found[name].append(statistics.median(values))
     return [
-        row(f"pose: RDKit conformer, {name}", f"median RMSD {shown(values)} Å", "seeds 0-2")
+        row(f"(a) RDKit conformer, {name}", f"rmsd {shown(values)}", "3 draws of at most 40")
         for name, values in found.items()
     ]
 
 
-def stages(folder: Path) -> list[dict[str, str]]:
-    """The stages of each seed of a comparison."""
-    of: dict[tuple[str, str], list[dict[str, float]]] = {}
-    for path in sorted(folder.glob("*/*/run.json")) + sorted(folder.glob("*/*/*/run.json")):
-        info = json.loads(path.read_text())
-        arm = "baseline" if "baseline" in str(path.relative_to(folder)) else "distilled"
-        of.setdefault((arm, info["stage"]), []).append(info["test"])
+BY_PROTEIN = [
+    "--data.split.by=protein", "--data.split.val=0.1", "--data.split.test=0.2",
+    "--data.max_atoms=30", "--data.lists.size=8",
+]  # fmt: skip
+
+
+def by_protein(root: Path) -> ComplexData:
+    """The same as the options above."""
+    return ComplexData(root=root, max_residues=24, max_atoms=30, split=Split("protein", 0.1, 0.2))
+
+
+def stages(
+    work: Path, seeds: list[int], root: Path | None, longer: int, train: bool
+) -> list[dict[str, str]]:
+    """Every stage and its variants over seeds, with paired differences."""
+    found: dict[str, dict[int, dict[str, float]]] = {}
+    for seed in seeds:
+        if train:
+            fit(work, seed, root, longer)
+        for path in sorted((work / f"seed-{seed}").glob("*/run.json")):
+            info = json.loads(path.read_text())
+            if info["status"] == "finished":
+                found.setdefault(info["stage"], {})[seed] = info["test"]
+    data = ComplexData(max_residues=24) if root is None else by_protein(root)
+    data.setup()
+    return [row("data", data.describe(), ""), *placements(data), *compared(found)]
+
+
+def fit(work: Path, seed: int, root: Path | None, longer: int) -> None:
+    """Train what is not finished."""
+    recipe, folder = variants(work, longer, 100 if root is None else 20), work / f"seed-{seed}"
+    args = ["--trainer.enable_progress_bar=false", f"--seed_everything={seed}"]
+    if root is not None:
+        args += [f"--data.root={root}", *BY_PROTEIN]
+    runs.fit(catalog.Recipe(recipe.paper, recipe.name, recipe.stages[:-1]), args, out=folder)
+    # The student of labels alone has the same teacher's priors: not computed a second time.
+    (folder / "5-labels").mkdir(exist_ok=True)
+    shutil.copy(folder / "5-student" / "teacher.safetensors", folder / "5-labels")
+    runs.fit(recipe, args, out=folder)
+
+
+ABOUT = {
+    "structure": "(a) structure model after stage 1, half of the poses",
+    "self-distil": "(b) after stage 2, self-labels where the gate lets them (it may refuse)",
+    "override": "(b) after stage 2, self-labels whatever the gate says",
+    "oracle": "(b) after stage 2, with the hidden poses shown",
+    "fitness": "(c) fitness head, squared error",
+    "longer": "(c) fitness head, squared error, as many steps as with the preference",
+    "preference": "(c) fitness head, squared error, then Plackett-Luce",
+    "student": "(d) student of teacher and labels",
+    "labels": "(d) student of labels alone",
+}
+PAIRS = [
+    ("override", "self-distil", "rmsd"), ("oracle", "self-distil", "rmsd"),
+    ("preference", "fitness", "spearman"), ("preference", "fitness", "rmse"),
+    ("preference", "longer", "spearman"), ("preference", "longer", "kendall"),
+    ("preference", "longer", "rmse"), ("student", "labels", "spearman"),
+    ("student", "labels", "kendall"), ("student", "labels", "rmse"),
+]  # fmt: skip
+
+
+def compared(found: dict[str, dict[int, dict[str, float]]]) -> list[dict[str, str]]:
+    """A row for each stage that is there, and the paired differences."""
     rows = []
-    for (arm, stage), runs in of.items():
-        names = [k for k in runs[0] if k != "test/targets"]
-        text = "; ".join(f"{k.removeprefix('test/')} {shown([r[k] for r in runs])}" for k in names)
-        rows.append(row(f"after {stage}, {arm}", text, f"{len(runs)} seeds"))
-    pair = of.get(("distilled", "preference")), of.get(("distilled", "fitness"))
-    if all(pair):
-        for name in ("test/spearman", "test/kendall", "test/rmse"):
-            change = [a[name] - b[name] for a, b in zip(*pair, strict=True)]
-            rows.append(row(f"preference minus fitness: {name[5:]}", shown(change), "paired"))
+    for stage, about in ABOUT.items():
+        if stage not in found:
+            continue
+        values = list(found[stage].values())
+        names = [k for k in values[0] if k not in ("test/targets", "test/best_rmsd")]
+        text = "; ".join(
+            f"{k.removeprefix('test/')} {shown([r[k] for r in values])}" for k in names
+        )
+        rows.append(row(about, text, "seeds " + ", ".join(map(str, found[stage]))))
+    for one, other, name in PAIRS:
+        a, b = found.get(one, {}), found.get(other, {})
+        change = [a[s][f"test/{name}"] - b[s][f"test/{name}"] for s in a if s in b]
+        if change:
+            rows.append(row(f"{one} minus {other}: {name}", shown(change), "paired, by seed"))
     return rows
+
+
+def variants(work: Path, longer: int, unlabelled: int) -> catalog.Recipe:
+    """The default recipe's stages and their variants, as files in ``WORK/recipe``."""
+    recipe = catalog.find("docking/aurobind")
+    config = {stage.name: read_config(stage.path) for stage in recipe.stages}
+    folder = work / "recipe"
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in config.values():
+        one["trainer"]["max_epochs"] *= longer
+    config["student"]["data"]["init_args"]["unlabelled"] = unlabelled
+    steps = sum(
+        config[k]["data"]["init_args"]["epoch_samples"] * config[k]["trainer"]["max_epochs"]
+        for k in ("fitness", "preference")
+    )
+    equal = {"data": {"init_args": {"epoch_samples": steps // 4}}, "trainer": {"max_epochs": 4}}
+    changes: dict[str, tuple[str, dict[str, Any]]] = {
+        "2-override": ("self-distil", model({"keep": {"override_gate": True}})),
+        "2-oracle": (
+            "self-distil", {**model({"distill": False}), "data": {"init_args": {"posed": 1.0}}}
+        ),
+        "3-longer": ("fitness", equal),
+        "5-labels": ("student", model({"distill": False})),
+    }  # fmt: skip
+    every = {stage.path.stem: config[stage.name] for stage in recipe.stages}
+    every |= {name: overlay(config[base], change) for name, (base, change) in changes.items()}
+    for name, one in every.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(one))
+    made = [catalog.Stage(name[2:], folder / f"{name}.yaml") for name in every]
+    return catalog.Recipe(recipe.paper, "stages", tuple(made))
+
+
+def model(options: dict[str, Any]) -> dict[str, Any]:
+    """An overlay of the model's options."""
+    return {"model": {"init_args": options}}
+
+
+def dude(data: Path, table: Path) -> None:
+    """The table for ``cohobate-docking retrospective``, grouped by whether training saw it."""
+    complexes = by_protein(data / "fep_complexes")
+    complexes.setup()
+    seen = {complexes.data.complexes[i].target for i in complexes.parts["train"]}
+    with (data / "dude" / "targets.csv").open() as file, table.open("w", newline="") as out:
+        writer = csv.writer(out)
+        writer.writerow(["target", "library", "receptor", "ligand", "group"])
+        for one in csv.DictReader(file):
+            system = one["fep_system"]
+            files = [
+                data / "dude" / f"{one['dude_target']}.csv.gz",
+                data / "receptors" / f"{system}.receptor.pdb.gz",
+                data / "fep_complexes" / "systems" / f"{system}.ligands.sdf.gz",
+            ]
+            group = "trained on" if one["protein"] in seen else "new protein"
+            writer.writerow([one["dude_target"], *(f.resolve() for f in files), group])
 
 
 def shown(values: list[float]) -> str:

@@ -10,7 +10,13 @@ import torch
 
 from cohobate.core.errors import InputError
 from cohobate.docking.aurobind.targets import answers_of
-from cohobate.docking.aurobind.teachers import FilesTeacher, fitness_of
+from cohobate.docking.aurobind.teachers import (
+    BoltzTeacher,
+    FilesTeacher,
+    OpenFold3Teacher,
+    fitness_of,
+    name_of,
+)
 from cohobate.docking.data import ComplexData
 
 
@@ -50,8 +56,64 @@ def test_files_are_answers(data, files, tmp_path):
 
 
 def test_another_width_is_one_line(data, files, tmp_path):
-    with pytest.raises(InputError, match=r"--model\.single 4"):
+    with pytest.raises(InputError, match=r"--model\.hidden 8"):
         answers_of(FilesTeacher(files), data, 3, tmp_path / "kept.safetensors", 64)
+
+
+class Constant:
+    """A teacher of one number and one hidden state."""
+
+    def answers(self, data, places):
+        return torch.full((len(places),), 7.0), torch.full((len(places), 2), 3.0)
+
+
+def test_the_prior_is_of_the_model_at_hand(data, files, tmp_path):
+    path = tmp_path / "kept.safetensors"
+    found = answers_of(FilesTeacher(files), data, 3, path, 8, Constant())
+    assert found.hidden.shape[1] == 8
+    assert (found.prior == 3.0).all()
+    assert found.prior.shape == (len(data.data), 2)
+
+
+def test_boltz_output_is_read_and_its_units_converted(data, tmp_path):
+    one = data.data.complexes[0]
+    name, atoms = name_of(one), one.molecule.GetNumAtoms()
+    tokens = np.arange((5 + atoms) * 3, dtype=np.float32).reshape(1, -1, 3)
+    folder = tmp_path / "boltz_results_x" / "predictions" / name
+    with pytest.raises(InputError, match=r"no such file; boltz predict .*uv tool install boltz"):
+        BoltzTeacher(tmp_path).one(one)
+    folder.mkdir(parents=True)
+    np.savez(folder / f"embeddings_{name}.npz", s=tokens, z=np.zeros((1, 2, 2, 1), np.float32))
+    with pytest.raises(InputError, match="no such file; boltz predict"):
+        BoltzTeacher(tmp_path).one(one)
+    content = {"affinity_pred_value": -1.5, "affinity_probability_binary": 0.9}
+    (folder / f"affinity_{name}.json").write_text(json.dumps(content))
+    for root in (tmp_path, tmp_path / "boltz_results_x"):
+        fitness, hidden = BoltzTeacher(root).one(one)
+        assert fitness == 7.5
+        wanted = np.concatenate((tokens[0, 5:].mean(0), tokens[0, :5].mean(0)))
+        torch.testing.assert_close(hidden, torch.from_numpy(wanted))
+
+
+def test_openfold3_gives_states_and_another_the_fitness(data, tmp_path):
+    one = data.data.complexes[0]
+    name, atoms = name_of(one), one.molecule.GetNumAtoms()
+    teacher = OpenFold3Teacher(tmp_path, Constant())
+    with pytest.raises(InputError, match=r"no such file; run_openfold .*pip install openfold3"):
+        teacher.answers(data, [0])
+    folder = tmp_path / name / "seed_42"
+    folder.mkdir(parents=True)
+    state = {"si_trunk": torch.ones(1, 4 + atoms, 6), "zij_trunk": torch.zeros(1, 2, 2, 1)}
+    torch.save(state, folder / f"{name}_seed_42_latent_output.pt")
+    fitness, hidden = teacher.answers(data, [0])
+    assert fitness.tolist() == [7.0]
+    assert hidden.tolist() == [[1.0] * 12]
+
+
+def test_names_in_files_are_plain():
+    from types import SimpleNamespace
+
+    assert name_of(SimpleNamespace(target="HIV1 protease", name="a:1/2")) == "HIV1_protease__a_1_2"
 
 
 def test_the_answers_are_kept(data, files, tmp_path):

@@ -67,4 +67,43 @@ def screen(
     return None
 
 
-COMMANDS: list[Callable[..., int | None]] = [check_poses, prepare, screen]
+def retrospective(
+    targets: Path,
+    checkpoint: list[Path] = [Path("runs/aurobind")],  # noqa: B006 (read only)
+    out: Path = Path("retrospective.json"),
+    exclude: str = "in_fep_set",
+    max_residues: int = 24,
+    dock: list[str] = [],  # noqa: B006 (read only)
+    docked: int = 24,
+    exhaustiveness: int = 8,
+) -> int | None:
+    """Screen libraries of known actives, with controls that need no structure beside the student.
+
+    Args:
+        targets: CSV with columns target, library, receptor, ligand and perhaps group; a library is
+            CSV with columns smiles and label. Ligands known of the site are not counted.
+        checkpoint: Runs of docking/aurobind; measures are averaged over them.
+        out: The JSON.
+        exclude: Column of the libraries that marks with 1 what the model was trained on.
+        max_residues: Pockets are cut to these nearest to their centre; as in training.
+        dock: Targets in which AutoDock Vina docks a sample as well.
+        docked: Molecules of that sample, one third actives.
+        exhaustiveness: Vina's.
+    """
+    from cohobate.core.runs import load_run
+    from cohobate.docking.aurobind import retrospective as known
+
+    models = [load_run(path) for path in checkpoint]
+    table = known.retrospective(
+        models, known.read_cases(targets), max_residues=max_residues, exclude=exclude,
+        dock=dock, docked=docked, exhaustiveness=exhaustiveness,
+    )  # fmt: skip
+    known.report(table, checkpoint, out)
+    for row in table:
+        text = ", ".join(f"{s} {v['auc']:.3f}" for s, v in row["measures"].items())
+        print(f"{row['target']}: {row['actives']} of {row['molecules']} active; AUC: {text}")
+    print(out)
+    return None
+
+
+COMMANDS: list[Callable[..., int | None]] = [check_poses, prepare, retrospective, screen]

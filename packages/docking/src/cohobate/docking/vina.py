@@ -19,6 +19,7 @@ from rdkit import Chem
 from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
 
 from cohobate.core.errors import InputError
+from cohobate.docking.data.receptors import read_receptor
 
 KCAL_PER_PK = 1.3643
 """kcal/mol of binding free energy for one unit of pK at 298 K: RT ln 10."""
@@ -166,6 +167,31 @@ def like(template: Chem.Mol, posed: Chem.Mol) -> Chem.Mol:
         one.SetPositions(found.GetPositions()[list(match)].astype(np.float64))
         result.AddConformer(one, assignId=True)
     return result
+
+
+def prepared(receptor: Path) -> str:
+    """A receptor as PDBQT text, by Meeko; residues it does not know are left out.
+
+    Args:
+        receptor: PDB with hydrogens, also ``.gz``; waters and alternative positions are left out.
+
+    Raises:
+        InputError: The file cannot be read, or Meeko refuses it.
+    """
+    meeko = _require("meeko")
+    structure = read_receptor(receptor, hydrogens=True)
+    structure.remove_ligands_and_waters()
+    try:
+        polymer = meeko.Polymer.from_pdb_string(
+            structure.make_pdb_string(),
+            meeko.ResidueChemTemplates.create_from_defaults(),
+            meeko.MoleculePreparation(),
+            allow_bad_res=True,
+        )
+        text, _ = meeko.PDBQTWriterLegacy.write_from_polymer(polymer)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise InputError(f"{receptor}: {_line(error)}") from None
+    return str(text)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,15 @@ class FitnessHead(nn.Module):
         self.gate_linear, self.mlp = nn.Linear(single, 1), _mlp(single, hidden)
         self.z_gate_linear, self.z_mlp = nn.Linear(pair, 1), _mlp(pair, hidden)
         self.ligand_weight, self.pair_rows = ligand_weight, pair_rows
+
+    @torch.no_grad()
+    def start_at(self, fitness: float) -> None:
+        """Let training begin near the labels' mean; before training the gates are about one half.
+
+        Otherwise the first hundreds of steps go into the distance between 0 and the usual pK.
+        """
+        layer: Any = self.mlp[-1]
+        layer.bias.fill_(2 * fitness)
 
     def forward(self, s: Tensor, z: Tensor, mask: Tensor, ligand: Tensor) -> Tensor:
         """Fitness (B,).

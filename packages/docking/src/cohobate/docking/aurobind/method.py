@@ -20,11 +20,18 @@ from cohobate.docking.aurobind.heads import PairRows
 from cohobate.docking.aurobind.network import StructureModel, Symmetry
 from cohobate.docking.aurobind.student import FastStudent, Score
 from cohobate.docking.aurobind.targets import Answers, answers_of
-from cohobate.docking.aurobind.teachers import CompactTeacher, FilesTeacher, Teacher
+from cohobate.docking.aurobind.teachers import (
+    BoltzTeacher,
+    CompactTeacher,
+    FilesTeacher,
+    OpenFold3Teacher,
+    Teacher,
+)
 from cohobate.docking.data.features import BITS, ELEMENTS, POCKET_CHANNELS, Batch
 from cohobate.docking.metrics import ranking
 
 log = logging.getLogger("cohobate")
+Kind = Literal["files", "boltz", "openfold3"]
 Stage = Literal["structure", "self-distil", "fitness", "preference", "student"]
 
 
@@ -75,8 +82,10 @@ class AuroBind(DistillModule):
         centroids: Molecules of each target whose complexes the student knows.
         alpha: Weight of the hidden state.
         label_mix: Share of the measured label in what the student learns, where there is one.
-        teacher_files: Folder of another model's answers (see `FilesTeacher`), instead of the
-            structure model's.
+        teacher_files: Folder of another model's answers, instead of the structure model's …
+        teacher_kind: … and whose: ``files`` of any (`FilesTeacher`), or the output folder of
+            ``boltz`` or ``openfold3``.
+        hidden: Length of that model's hidden state; default that of the structure model.
         lr: Learning rate of Adam, after a warm-up.
         warmup: Steps until ``lr``.
 
@@ -124,6 +133,8 @@ class AuroBind(DistillModule):
         alpha: float = 1.0,
         label_mix: float = 0.0,
         teacher_files: Path | None = None,
+        teacher_kind: Kind = "files",
+        hidden: int | None = None,
         lr: float = 1.5e-3,
         warmup: int = 50,
     ) -> None:
@@ -137,7 +148,9 @@ class AuroBind(DistillModule):
             fitness_hidden, confidence_blocks, pair_rows, symmetry, noise,
         )  # fmt: skip
         self.fast = (
-            FastStudent(2 * single, POCKET_CHANNELS, BITS, ELEMENTS, student_width, score)
+            FastStudent(
+                2 * single, POCKET_CHANNELS, BITS, ELEMENTS, student_width, score, hidden=hidden
+            )
             if stage == "student"
             else None
         )
@@ -146,7 +159,8 @@ class AuroBind(DistillModule):
         self.preference, self.tau, self.ties = preference, tau, ties
         self.confidence_weight, self.beta, self.margin = confidence_weight, beta, margin
         self.centroids, self.label_mix, self.lr, self.warmup = centroids, label_mix, lr, warmup
-        self.mse_anchor, self.single, self.teacher_files = mse_anchor, single, teacher_files
+        self.mse_anchor, self.single, self.hidden = mse_anchor, single, hidden or 2 * single
+        self.teacher_files, self.teacher_kind = teacher_files, teacher_kind
         self._freeze()
         self._own: dict[int, Tensor] = {}
         self._answers: Answers | None = None
@@ -228,62 +242,39 @@ class AuroBind(DistillModule):
         folder = Path(self.trainer.default_root_dir)
         if self.stage == "student":
             own = CompactTeacher(self.network, self.device)
-            teacher: Teacher = FilesTeacher(self.teacher_files) if self.teacher_files else own
             self._answers = answers_of(
-                teacher, data, self.centroids, folder / "teacher.safetensors", 2 * self.single
-            )
+                self._teacher(own), data, self.centroids, folder / "teacher.safetensors",
+                self.hidden, own,
+            )  # fmt: skip
+        if self.stage == "fitness" and stage == "fit":
+            shown = data.places("train", label=True)
+            labels = [data.data.complexes[i].label for i in shown]
+            self.network.fitness.start_at(float(np.mean(labels)))
         if self.stage == "self-distil" and self.distill and stage == "fit":
-            self._own = self._self_labels(data, folder / "self_labels.npz")
+            self._own = structure.own_poses(
+                self.network, data, self.keep, folder / "self_labels.npz", self.device
+            )
             data.self_labelled = sorted(self._own)
         if self.stage == "preference" and self.preference == "pairs" and stage == "fit":
             self._reference = self._references(data, folder / "reference.npz")
 
-    @torch.no_grad()
-    def _self_labels(self, data: Any, path: Path) -> dict[int, Tensor]:
-        if not path.exists():
-            seed = int(data.seed)
-            val = data.places("val", pose=True)
-            places, poses, scores = structure.self_labels(
-                self.network, self._moved(data.batches_of(val)), self.keep, seed
-            )
-            kept = self.keep.passing(scores).tolist()
-            rmsd = [
-                structure.error_of(data.data.complexes[i], x)
-                for i, x, good in zip(places, poses, kept, strict=True) if good
-            ]  # fmt: skip
-            found: dict[str, np.ndarray] = {}
-            hidden = data.hidden_poses()
-            if not hidden:
-                raise InputError(
-                    "self-distillation: every pose is shown; data.posed must be below 1"
-                )
-            if structure.open_gate(self.keep, rmsd):
-                places, poses, scores = structure.self_labels(
-                    self.network, self._moved(data.batches_of(hidden)), self.keep, seed + 1
-                )
-                kept = self.keep.passing(scores).tolist()
-                found = {
-                    str(i): x.numpy()
-                    for i, x, good in zip(places, poses, kept, strict=True)
-                    if good
-                }
-                log.info("self-distillation: %d of %d poses kept", len(found), len(hidden))
-            np.savez(path, **found)  # type: ignore[arg-type]
-        with np.load(path) as file:
-            return {int(name): torch.from_numpy(file[name]) for name in file.files}
+    def _teacher(self, own: Teacher) -> Teacher:
+        if self.teacher_files is None:
+            return own
+        if self.teacher_kind == "openfold3":
+            return OpenFold3Teacher(self.teacher_files, own)
+        return (BoltzTeacher if self.teacher_kind == "boltz" else FilesTeacher)(self.teacher_files)
 
     @torch.no_grad()
     def _references(self, data: Any, path: Path) -> Tensor:
         """The frozen fine-tuned model's fitness of every complex."""
         if not path.exists():
             every = range(len(data.data))
-            found = [self.network(b).cpu() for b in self._moved(data.batches_of(every))]
+            moved = structure.moved(data.batches_of(every), self.device)
+            found = [self.network(b).cpu() for b in moved]
             np.savez(path, fitness=torch.cat(found).numpy())
         with np.load(path) as file:
             return torch.from_numpy(file["fitness"])
-
-    def _moved(self, batches: Any) -> Any:
-        return ({k: v.to(self.device) for k, v in batch.items()} for batch in batches)
 
     # --- training ----------------------------------------------------------------------------
 
@@ -403,7 +394,8 @@ class AuroBind(DistillModule):
     def on_validation_epoch_end(self) -> None:
         """Ranking inside targets."""
         if self._seen:
-            found = self._scores()
+            # Few complexes are held out for validation: two of a target are enough to compare.
+            found = self._scores(least=2)
             best = -found["rmse"] if self.stage == "fitness" else found["spearman"]
             self.log_dict({"val/score": best, **{f"val/{k}": v for k, v in found.items()}})
 
@@ -448,17 +440,17 @@ class AuroBind(DistillModule):
         values = {"score": self.score(batch), "label": batch["label"], "group": batch["group"]}
         self._seen.append({k: v[known].detach().cpu().numpy() for k, v in values.items()})
 
-    def _scores(self) -> dict[str, float]:
+    def _scores(self, least: int = 5) -> dict[str, float]:
         score, label, group = (
             np.concatenate([s[k] for s in self._seen]) for k in ("score", "label", "group")
         )
         self._seen.clear()
         rmse = float(np.sqrt(np.mean((score - label) ** 2)))
-        return {**ranking(score, label, group), "rmse": rmse}
+        return {**ranking(score, label, group, least), "rmse": rmse}
 
     # --- use ---------------------------------------------------------------------------------
 
-    def predict_files(
+    def predict_files(  # type: ignore[override]
         self,
         inputs: list[Path],
         out: Path,

@@ -141,6 +141,8 @@ class PoseDiffusion(nn.Module):
             vectors, so that rotations and reflections of the complex carry over exactly.
     """
 
+    frequency: Tensor
+
     def __init__(
         self,
         single: int,

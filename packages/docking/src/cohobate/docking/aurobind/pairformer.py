@@ -64,7 +64,12 @@ class _Attention(nn.Module):
             layer(x).unflatten(-1, (self.heads, -1)).transpose(-2, -3)
             for layer in (self.linear_q, self.linear_k, self.linear_v)
         )
-        found = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(*q.shape[:-1], -1))
+        bias = bias.expand(*q.shape[:-1], -1)
+        # Four axes: with more, PyTorch's fused kernels are passed over.
+        q, k, v, bias = (x.flatten(0, -4) for x in (q, k, v, bias))
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).view(
+            *x.shape[:-2], *q.shape[-3:]
+        )
         return self.linear_o(found.transpose(-2, -3).flatten(-2) * torch.sigmoid(self.linear_g(x)))
 
 

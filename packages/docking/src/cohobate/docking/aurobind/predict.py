@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from rdkit import Chem
+from rdkit.Chem import rdForceFieldHelpers, rdMolAlign
 from torch import Tensor
 
 from cohobate.core.errors import InputError
 from cohobate.core.io import save_atomic
+from cohobate.docking import vina
 from cohobate.docking.aurobind.structure import best_poses
 from cohobate.docking.aurobind.targets import tanimoto
 from cohobate.docking.data.features import (
@@ -127,11 +129,7 @@ def _write(
     x, scores = best_poses(model.network, batch, poses, steps, seed=seed)
     fitness = float(model.network(batch)[0])
     for rank in range(poses):
-        posed = Chem.Mol(molecule)
-        place = Chem.Conformer(molecule.GetNumAtoms())
-        place.SetPositions(x[0, rank].cpu().double().numpy() + pocket.centre)
-        place.Set3D(True)
-        posed.AddConformer(place, assignId=True)
+        posed = relaxed(molecule, x[0, rank].cpu().double().numpy() + pocket.centre, seed)
         values = {
             "score": float(scores["ranking"][0, rank]), "pK_pred": fitness,
             "confidence": float(scores["ligand_plddt"][0, rank]),
@@ -144,6 +142,60 @@ def _write(
         writer.write(posed)
 
 
+def relaxed(molecule: Chem.Mol, pose: np.ndarray, seed: int, pull: float = 20.0) -> Chem.Mol:
+    """The molecule at a pose, with the bond lengths and stereo that its SMILES has.
+
+    A network places atoms one by one. A conformer of the right chemistry is laid on them, pulled
+    towards them by springs under MMFF94 and let go; the springs are weaker where they would turn a
+    stereo centre or double bond over. Where no conformer can be made the atoms stay as they are.
+
+    Args:
+        molecule: Without hydrogens.
+        pose: Positions (A, 3), Å.
+        seed: Of the conformer.
+        pull: Strength of the springs, kcal/mol/Å².
+    """
+    count = molecule.GetNumAtoms()
+    raw = Chem.Conformer(count)
+    raw.SetPositions(pose)
+    raw.Set3D(True)
+    target = Chem.Mol(molecule)
+    target.AddConformer(raw, assignId=True)
+    try:
+        start = vina.conformer(molecule, seed)
+    except InputError:
+        return target
+    rdMolAlign.AlignMol(start, target, atomMap=[(i, i) for i in range(count)])
+    wanted = _stereo(start)
+    for strength in (pull, pull / 10, 0.0):
+        made = Chem.Mol(start)
+        _pull(made, pose, strength)
+        if _stereo(made) == wanted:
+            break
+    return Chem.RemoveHs(made)
+
+
+def _pull(molecule: Chem.Mol, pose: np.ndarray, strength: float) -> None:
+    """Minimise with a spring from each of the first atoms to its place; none where MMFF fails."""
+    terms = rdForceFieldHelpers.MMFFGetMoleculeProperties(molecule)
+    if terms is None or strength == 0:
+        return
+    field = rdForceFieldHelpers.MMFFGetMoleculeForceField(molecule, terms)
+    for i, point in enumerate(pose.tolist()):
+        spring = field.AddExtraPoint(*point, fixed=True) - 1
+        field.MMFFAddDistanceConstraint(spring, i, False, 0.0, 0.0, strength)
+    field.Initialize()
+    field.Minimize(maxIts=500)
+    rdForceFieldHelpers.MMFFOptimizeMolecule(molecule, maxIters=500)  # what the springs strained
+
+
+def _stereo(molecule: Chem.Mol) -> str:
+    """SMILES with the stereo of the coordinates."""
+    seen = Chem.RemoveHs(molecule)
+    Chem.AssignStereochemistryFrom3D(seen)
+    return str(Chem.MolToSmiles(seen))
+
+
 class StudentScorer:
     """The fast student on one target, for `cohobate.docking.screen.screen`.
 
@@ -151,12 +203,9 @@ class StudentScorer:
         model: A run of the last stage.
         pocket: The target's.
         molecules: Molecules whose centroids the teacher looks at once, in this target.
-        shuffle: Use the embedding of no target: the ligand-only control.
     """
 
-    def __init__(
-        self, model: Any, pocket: Pocket, molecules: Sequence[Chem.Mol], shuffle: bool = False
-    ) -> None:
+    def __init__(self, model: Any, pocket: Pocket, molecules: Sequence[Chem.Mol]) -> None:
         if model.fast is None:
             raise InputError(f"stage {model.stage}: screening needs a run of the last stage")
         self.model = model
@@ -172,8 +221,6 @@ class StudentScorer:
             batch = {k: v.to(model.device) for k, v in batch.items()}
             self.prior = model.network.trunk(batch).pooled()
         self.protein = pocket_features(pocket)["embedding"].to(model.device)
-        if shuffle:
-            self.protein, self.prior = torch.zeros_like(self.protein), torch.zeros_like(self.prior)
 
     @torch.no_grad()
     def encode(self, bits: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -221,6 +223,49 @@ def self_labels(
         for name, values in kept.items():
             values.append(scores[name][:, 0].cpu())
     return places, found, {k: torch.cat(v) if v else torch.zeros(0) for k, v in kept.items()}
+
+
+@torch.no_grad()
+def own_poses(
+    model: StructureModel, data: Any, keep: Keep, path: Path, device: torch.device
+) -> dict[int, Tensor]:
+    """The model's own poses (A, 3) of complexes whose pose is hidden, by place; empty when refused.
+
+    They are made once, judged by the validation complexes, and kept in a file.
+
+    Args:
+        model: The network.
+        data: The data module.
+        keep: Which are kept, and when none are.
+        path: The file.
+        device: Where the network is.
+
+    Raises:
+        InputError: No pose is hidden, or no validation complex can be judged by.
+    """
+    if not path.exists():
+        hidden = data.hidden_poses()
+        if not hidden:
+            raise InputError("self-distillation: every pose is shown; data.posed must be below 1")
+        found: dict[str, np.ndarray] = {}
+        held = data.batches_of(data.places("val", pose=True))
+        places, poses, scores = self_labels(model, moved(held, device), keep, data.seed)
+        chosen = zip(places, poses, keep.passing(scores).tolist(), strict=True)
+        rmsd = [error_of(data.data.complexes[i], x) for i, x, good in chosen if good]
+        if open_gate(keep, rmsd):
+            batches = moved(data.batches_of(hidden), device)
+            places, poses, scores = self_labels(model, batches, keep, data.seed + 1)
+            chosen = zip(places, poses, keep.passing(scores).tolist(), strict=True)
+            found = {str(i): x.numpy() for i, x, good in chosen if good}
+            log.info("self-distillation: %d of %d poses kept", len(found), len(hidden))
+        np.savez(path, **found)  # type: ignore[arg-type]
+    with np.load(path) as file:
+        return {int(name): torch.from_numpy(file[name]) for name in file.files}
+
+
+def moved(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Batches on a device."""
+    return ({k: v.to(device) for k, v in batch.items()} for batch in batches)
 
 
 def open_gate(keep: Keep, rmsd: Sequence[float]) -> bool:

@@ -21,7 +21,7 @@ class FastStudent(nn.Module):
     """Fitness and hidden state of pairs of molecule and target.
 
     Args:
-        prior: Channels of the nearest centroid's trunk embedding, the teacher's hidden state.
+        prior: Channels of the nearest centroid's trunk embedding.
         protein: Channels of the protein embedding.
         bits: Length of the fingerprint.
         elements: Kinds of atoms.
@@ -31,6 +31,7 @@ class FastStudent(nn.Module):
         vectors: Vectors of a molecule, for ``late``.
         pockets: Vectors of a target, for ``late``.
         dropout: In the combining network.
+        hidden: Channels of the teacher's hidden state; default those of the prior.
 
     References:
         AuroBind, AuroFast. The paper has a transformer with the nearest centroid's trunk embedding
@@ -48,6 +49,7 @@ class FastStudent(nn.Module):
         vectors: int = 8,
         pockets: int = 16,
         dropout: float = 0.2,
+        hidden: int | None = None,
     ) -> None:
         super().__init__()
         self.width, self.score = width, score
@@ -61,7 +63,7 @@ class FastStudent(nn.Module):
             nn.Linear(4 * width, 2 * width), nn.ReLU(), nn.Dropout(dropout),
             nn.Linear(2 * width, width), nn.ReLU(),
         )  # fmt: skip
-        self.hidden = nn.Linear(width, prior)
+        self.hidden = nn.Linear(width, hidden or prior)
         if score == "mlp":
             self.out = nn.Linear(width, 1)
         else:
@@ -90,7 +92,7 @@ class FastStudent(nn.Module):
         return torch.cat((self.protein(protein), self.prior(prior)), -1)
 
     def combine(self, library: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Fitness (B,) and hidden state (B, prior) from the two towers (B, 2 width)."""
+        """Fitness (B,) and hidden state (B, hidden) from the two towers (B, 2 width)."""
         mixed = self.mix(torch.cat((library, target), -1))
         if self.score == "mlp":
             return self.out(mixed).squeeze(-1), self.hidden(mixed)
@@ -102,7 +104,7 @@ class FastStudent(nn.Module):
     def forward(
         self, bits: Tensor, counts: Tensor, protein: Tensor, prior: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Fitness (B,) and hidden state (B, prior) of pairs."""
+        """Fitness (B,) and hidden state (B, hidden) of pairs."""
         return self.combine(self.library(bits, counts), self.target(protein, prior))
 
 

@@ -24,7 +24,7 @@ class Answers:
     Attributes:
         fitness: The teacher's, pK (n,).
         hidden: The teacher's pooled trunk tokens (n, H).
-        prior: Those of the complex of the nearest centroid with the same target (n, H).
+        prior: The structure model's of the nearest centroid's complex with the same target (n, P).
     """
 
     fitness: Tensor
@@ -33,7 +33,9 @@ class Answers:
 
 
 @torch.no_grad()
-def answers_of(teacher: Teacher, data: Any, count: int, path: Path, width: int) -> Answers:
+def answers_of(
+    teacher: Teacher, data: Any, count: int, path: Path, width: int, own: Teacher | None = None
+) -> Answers:
     """Ask the teacher about every complex once; afterwards read the file.
 
     Args:
@@ -42,6 +44,8 @@ def answers_of(teacher: Teacher, data: Any, count: int, path: Path, width: int) 
         count: Centroids of each target.
         path: Where the answers are kept.
         width: Length of the hidden states that the student expects.
+        own: Whose hidden states are the priors, where that is not the teacher: the model that will
+            be at hand when a library is screened.
 
     Raises:
         InputError: The teacher's have another.
@@ -49,7 +53,8 @@ def answers_of(teacher: Teacher, data: Any, count: int, path: Path, width: int) 
     if not path.exists():
         places = range(len(data.data))
         fitness, states = teacher.answers(data, places)
-        prior = states[nearest(data, count)]
+        known = states if own is None or own is teacher else own.answers(data, places)[1]
+        prior = known[nearest(data, count)]
         found = {"fitness": fitness, "hidden": states, "prior": prior}
         path.parent.mkdir(parents=True, exist_ok=True)
         with save_atomic(path) as temporary:
@@ -58,7 +63,7 @@ def answers_of(teacher: Teacher, data: Any, count: int, path: Path, width: int) 
     if answers.hidden.shape[1] != width:
         raise InputError(
             f"the teacher's hidden states have {answers.hidden.shape[1]} numbers, the student "
-            f"expects {width}: --model.single {answers.hidden.shape[1] // 2}"
+            f"expects {width}: --model.hidden {answers.hidden.shape[1]}"
         )
     return answers
 

@@ -229,8 +229,10 @@ class ComplexData(pl.LightningDataModule):
         for one in own:
             frames.setdefault(id(one.pocket), []).append(one)
         for group in frames.values():
-            atoms = [c.molecule.GetConformer().GetPositions().mean(0) for c in group]
-            pocket = group[0].pocket.nearest(np.mean(atoms, 0), self.max_residues)
+            posed = [c.molecule for c in group if c.molecule.GetNumConformers()]
+            atoms = [m.GetConformer().GetPositions().mean(0) for m in posed]
+            middle = np.mean(atoms, 0) if atoms else group[0].pocket.centre
+            pocket = group[0].pocket.nearest(middle, self.max_residues)
             for one in group:
                 one.pocket = pocket
 
@@ -241,8 +243,7 @@ class ComplexData(pl.LightningDataModule):
             return []
         path = self.unlabelled_from or Path(RDConfig.RDDataDir) / "NCI" / "first_5K.smi"
         known = held | {Chem.MolToSmiles(found[i].molecule) for i in self.parts["train"]}
-        pool = choose(path, self.unlabelled + len(known), seed=1)
-        fresh = [m for m in pool if Chem.MolToSmiles(m) not in known][: self.unlabelled]
+        fresh = choose(path, self.unlabelled, seed=1, without=known)
         pockets = {c.target: c.pocket for c in found}
         return [
             Complex(target, molecule.GetProp("_Name"), molecule, pockets[target])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -81,18 +81,19 @@ def prepare(
     return None
 
 
-def choose(path: Path, count: int, seed: int) -> list[Chem.Mol]:
+def choose(path: Path, count: int, seed: int, without: Collection[str] = ()) -> list[Chem.Mol]:
     """A seeded choice of drug-like molecules, no two of one SMILES.
 
     Args:
         path: SMILES file: SMILES, then a name.
         count: How many.
         seed: Of the choice.
+        without: SMILES, as rdkit writes them, that are left out.
 
     Raises:
         InputError: The file has fewer.
     """
-    found = _all_drug_like(path)
+    found = [m for m in _all_drug_like(path) if Chem.MolToSmiles(m) not in without]
     if len(found) < count:
         raise InputError(f"{path}: {len(found)} drug-like molecules, {count} are wanted")
     return random.Random(seed).sample(found, count)

@@ -52,10 +52,14 @@ class Pocket:
         return Pocket(self.types[near], self.ca[near], self.side[near], names)
 
 
-def read_receptor(path: Path) -> gemmi.Structure:
+def read_receptor(path: Path, *, hydrogens: bool = False) -> gemmi.Structure:
     """Read a receptor: ``.pdb``, ``.cif``, ``.mmcif``, ``.pdbqt``, each also ``.gz``.
 
     Waters, hydrogens and alternative positions are left out.
+
+    Args:
+        path: The file.
+        hydrogens: Keep them.
 
     Raises:
         InputError: The file is missing, damaged, of another kind, or has no protein.
@@ -80,7 +84,8 @@ def read_receptor(path: Path) -> gemmi.Structure:
         raise InputError(f"{path}: {' '.join(str(error).split())}") from None
     structure.setup_entities()
     structure.remove_waters()
-    structure.remove_hydrogens()
+    if not hydrogens:
+        structure.remove_hydrogens()
     structure.remove_alternative_conformations()
     structure.remove_empty_chains()
     if len(structure) == 0 or not any(_protein(r) for chain in structure[0] for r in chain):

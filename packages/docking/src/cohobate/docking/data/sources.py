@@ -13,6 +13,7 @@ import numpy as np
 from rdkit import Chem
 
 from cohobate.core.errors import InputError
+from cohobate.docking.data.bindingdb import bindingdb
 from cohobate.docking.data.features import Complex
 from cohobate.docking.data.molecules import Problems, Record, read
 from cohobate.docking.data.receptors import Pocket, find_pocket, read_receptor
@@ -33,7 +34,8 @@ def load(root: Path | None, problems: Problems) -> list[Complex]:
         root: ``index.csv.gz`` and ``systems/`` (FEP benchmark); ``<target>.poses.sdf.gz`` (as
             ``prepare`` writes); or a folder of ``<id>/<id>_protein.pdb`` with
             ``<id>/<id>_ligand.sdf`` or ``.mol2`` and an ``affinities.csv`` with columns ``id`` and
-            ``pK`` (PDBbind-style). ``None`` is the embedded set.
+            ``pK`` (PDBbind-style); or BindingDB's ``*.tsv`` with ``receptors.csv``. ``None`` is the
+            embedded set.
         problems: Gets what could not be read.
 
     Raises:
@@ -48,10 +50,12 @@ def load(root: Path | None, problems: Problems) -> list[Complex]:
         found = list(_prepared(folder, problems))
     elif list(folder.glob("*/*_protein.pdb*")):
         found = list(_pdbbind(folder, problems))
+    elif list(folder.glob("*.tsv")) and (folder / "receptors.csv").exists():
+        found = list(bindingdb(folder, problems))
     else:
         raise InputError(
-            f"{folder}: no complexes (index.csv.gz with systems/, *.poses.sdf.gz, or "
-            "<id>/<id>_protein.pdb with <id>/<id>_ligand.sdf)"
+            f"{folder}: no complexes (index.csv.gz with systems/, *.poses.sdf.gz, "
+            "<id>/<id>_protein.pdb with <id>/<id>_ligand.sdf, or *.tsv with receptors.csv)"
         )
     if not found:
         raise InputError(f"{folder}: no complex could be read")
