@@ -19,6 +19,7 @@ from cohobate.detection.d_fine.serving import to_onnx
 from cohobate.detection.d_fine.sizes import Size
 from cohobate.detection.data.annotations import Category
 from cohobate.detection.data.coco import COCO_CATEGORIES
+from cohobate.detection.dwpose.commands import give_pose, pose, take_pose
 
 
 def take(file: Path, variant: Size, out: Path, names: Path | None = None) -> int | None:
@@ -97,4 +98,4 @@ def _categories(file: Path, names: Path | None) -> list[Category]:
     return sorted(listed, key=lambda c: c.id)
 
 
-COMMANDS: tuple[Callable[..., int | None], ...] = (take, give)
+COMMANDS: tuple[Callable[..., int | None], ...] = (take, give, take_pose, give_pose, pose)
