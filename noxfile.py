@@ -28,6 +28,7 @@ PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 # the machine says: without them every process spends 20 seconds on its imports.
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": None}
 CPU = {**THREADS, "CUDA_VISIBLE_DEVICES": ""}
+WORKERS = ("--numprocesses=auto", "--maxprocesses=4", "--dist=loadscope")
 
 
 def folder(package: str) -> Path:
@@ -58,10 +59,10 @@ def tests_of(package: str) -> list[str]:
 @nox.parametrize("package", EVERY, ids=EVERY)
 def tests(session: nox.Session, package: str) -> None:
     """Run the default tests and the doctests of one package in its own environment."""
-    install(session, package)
+    install(session, package, extra=("pytest-xdist>=3.6",))
     source = folder(package) / "src"
     session.run(
-        "pytest", "-m", "not slow and not gpu", "--doctest-modules", str(source),
+        "pytest", "-m", "not slow and not gpu", "--doctest-modules", str(source), *WORKERS,
         *tests_of(package), *session.posargs, env=CPU,
     )  # fmt: skip
 
@@ -144,7 +145,8 @@ def build(session: nox.Session, package: str) -> None:
     shutil.rmtree(dist, ignore_errors=True)
     for name in (CORE, package):
         session.run("uv", "build", "--wheel", f"--out-dir={dist}", str(folder(name)), external=True)
-    session.install("--reinstall", *map(str, dist.glob("*.whl")))
+    ours = [f"--reinstall-package=cohobate-{name}" for name in (CORE, package)]
+    session.install(*ours, *map(str, dist.glob("*.whl")))
     session.chdir(session.create_tmp())
     session.run("python", "-c", f"import cohobate.core, cohobate.{package} as p; print(p.__file__)")
     session.run("cohobate", "list")

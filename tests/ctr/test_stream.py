@@ -203,9 +203,17 @@ def test_permuted_labels_keep_their_number_and_the_rows(tmp_path: Path, write_lo
     assert labels[0].sum() == labels[1].sum()
     assert not torch.equal(*labels)
     assert [prices(b) for b in plain] == [prices(b) for b in mixed]
-    valid = [torch.cat([b.label for b in training(root, permute_labels=p).val_dataloader()])
-             for p in (False, True)]  # fmt: skip
-    assert torch.equal(*valid)
+    valid, test = (
+        [
+            torch.cat(
+                [b.label for b in getattr(training(root, permute_labels=p), f"{part}_dataloader")()]
+            )
+            for p in (False, True)
+        ]
+        for part in ("val", "test")
+    )
+    assert not torch.equal(*valid)
+    assert torch.equal(*test)
 
 
 def spoil(column: str, row: int, value: Any) -> Callable[[dict[str, list[Any]]], None]:

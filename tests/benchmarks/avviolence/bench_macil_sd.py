@@ -10,14 +10,10 @@ and the seconds are those of the process, so that other work on the machine coun
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cohobate.avviolence.macil_sd import MACILSD, AudioVisualNet, contrast_semi_bags
+from cohobate.core.testing.bench import in_turn, times_faster, write_rows
 
 ROOT = Path(__file__).parents[3]
 BAGS, SNIPPETS, VISUAL, AUDIO, HIDDEN = 128, 200, 1024, 128, 128
@@ -45,41 +42,20 @@ def main() -> None:
     rows = [contrast_row(asked.repeat), inference_row(asked.repeat)]
     if asked.official is not None:
         rows.append(step_row(asked.official, asked.repeat))
-    content = {
-        "command": "python tests/benchmarks/avviolence/bench_macil_sd.py",
-        "machine": f"{platform.machine()}, 1 thread, process seconds",
-        "versions": {name: version(name) for name in ("torch", "cohobate-avviolence")},
-        "rows": rows,
-    }
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(json.dumps(content, indent=1) + "\n")
-    for row in rows:
-        print(row)
-
-
-def alternate(repeat: int, *actions: Callable[[], Any]) -> list[list[float]]:
-    """Process seconds of each action, taken in turn after one round that does not count."""
-    seconds: list[list[float]] = [[] for _ in actions]
-    for turn in range(repeat + 1):
-        for action, found in zip(actions, seconds, strict=True):
-            start = time.process_time()
-            action()
-            if turn:
-                found.append(time.process_time() - start)
-    return seconds
+    packages = ("torch", "cohobate-avviolence")
+    write_rows(asked.out, "tests/benchmarks/avviolence/bench_macil_sd.py", packages, rows)
+    print(*rows, sep="\n")
 
 
 def row(what: str, ours: list[float], other: list[float] | None = None, name: str = "") -> Row:
     """One line of the table: the ratio is the median of the ratios of each turn."""
-    ratios = [b / a for a, b in zip(ours, other, strict=True)] if other else []
     return {
         "what": what,
         "here (s)": round(statistics.median(ours), 4),
         "against": name or "-",
         "that (s)": round(statistics.median(other), 4) if other else "-",
-        "times faster, median (least to most)": f"{statistics.median(ratios):.2f} "
-        f"({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "-",
-    }  # fmt: skip
+        "times faster, median (least to most)": times_faster(ours, other) if other else "-",
+    }
 
 
 def batch() -> dict[str, Tensor]:
@@ -106,8 +82,9 @@ def contrast_row(repeat: int) -> Row:
         loss = sum(function(violent, *scores, data["length"], *reps))
         torch.autograd.grad(loss, reps)
 
-    seconds = alternate(repeat, lambda: run(contrast_semi_bags), lambda: run(loop))
-    return row("contrastive terms, 128 × 200 × 128", *seconds, "a loop over bags")
+    runs = {"here": lambda: run(contrast_semi_bags), "loop": lambda: run(loop)}
+    seconds = in_turn(runs, repeat)
+    return row("contrastive terms, 128 × 200 × 128", *seconds.values(), "a loop over bags")
 
 
 def loop(
@@ -154,7 +131,7 @@ def inference_row(repeat: int) -> Row:
     def run() -> None:
         network(*inputs)
 
-    return row("inference, 5 crops × 400 snippets", *alternate(repeat, run))
+    return row("inference, 5 crops × 400 snippets", *in_turn({"here": run}, repeat).values())
 
 
 def step_row(official: Path, repeat: int) -> Row:
@@ -175,9 +152,9 @@ def step_row(official: Path, repeat: int) -> Row:
     there, log = official_step(official, data)
     for _ in range(4):  # until both networks predict both classes
         here(), there()
-    seconds = alternate(repeat, here, there)
+    seconds = in_turn({"here": here, "official": there}, repeat)
     assert "A2V_A2B: 0.0000" not in log[-1], "the official step contrasted nothing"
-    return row("training step, 128 × 200", *seconds, "official step")
+    return row("training step, 128 × 200", *seconds.values(), "official step")
 
 
 def official_step(folder: Path, data: dict[str, Tensor]) -> tuple[Callable[[], None], list[str]]:

@@ -10,11 +10,8 @@ what is read is compared bit by bit. Random reads come from a DataLoader with fo
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from cohobate.core.cache import TeacherCache, write_cache
 from cohobate.core.fused import TopK
+from cohobate.core.testing.bench import write_rows
 
 ROOT = Path(__file__).parents[3]
 CLASSES = 32000
@@ -157,16 +155,11 @@ def main() -> None:
     for name, options in cases(asked.small).items():
         with tempfile.TemporaryDirectory() as folder:
             rows.append(measure(name, options, Path(folder)))
-    content = {
-        "command": "python tests/benchmarks/core/bench_cache.py",
-        "machine": f"{platform.machine()}, 1 thread a process, files in the page cache",
-        "versions": {name: version(name) for name in ("torch", "cohobate-core")},
-        "rows": rows,
-    }
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(json.dumps(content, indent=1) + "\n")
-    for row in rows:
-        print(row)
+    packages = ("torch", "cohobate-core")
+    script = "tests/benchmarks/core/bench_cache.py"
+    conditions = "1 thread a process, files in the page cache"
+    write_rows(asked.out, script, packages, rows, conditions)
+    print(*rows, sep="\n")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import re
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cohobate.core.fused import linear_divergence
+from cohobate.core.testing.bench import write_rows
 
 ROOT = Path(__file__).parents[3]
 SIZES = {  # tokens, width, classes, type
@@ -350,15 +350,8 @@ def main() -> None:
 def write(rows: list[Row], path: Path) -> None:
     """The JSON and the picture."""
     ratios(rows)
-    used = [name for name in ("torch", "cohobate-core", "liger-kernel", "trl") if installed(name)]
-    content = {
-        "command": "python tests/benchmarks/core/bench_fused.py",
-        "machine": f"{platform.machine()}, 1 thread, process seconds",
-        "versions": {name: version(name) for name in used},
-        "rows": rows,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    packages = ("torch", "cohobate-core", "liger-kernel", "trl")
+    write_rows(path, "tests/benchmarks/core/bench_fused.py", packages, rows)
     draw(rows, path.with_suffix(".png"))
 
 

@@ -9,20 +9,17 @@ best of the repetitions.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import time
 from collections.abc import Callable
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from cohobate.core.losses import forward_kl, gram_relation, segment_mean, value_relation
+from cohobate.core.testing.bench import in_turn, write_rows
 
 ROOT = Path(__file__).parents[3]
 Loss = Callable[..., Tensor]
@@ -97,23 +94,23 @@ def cases() -> dict[str, tuple[Loss, Loss, list[Tensor]]]:
 
 def row(name: str, pair: tuple[Loss, Loss], inputs: list[Tensor], repeat: int) -> dict[str, Any]:
     """Seconds of both and their ratio."""
-    best = [float("inf"), float("inf")]
-    values = [0.0, 0.0]
-    for _ in range(repeat):
-        for which, loss in enumerate(pair):
-            for tensor in inputs:
-                tensor.grad = None
-            began = time.process_time()
-            value = loss(*inputs)
-            value.backward()
-            best[which] = min(best[which], time.process_time() - began)
-            values[which] = value.item()
-    assert abs(values[0] - values[1]) <= 1e-4 * abs(values[1]), (name, values)
+    values = {}
+
+    def run(which: str, loss: Loss) -> None:
+        for tensor in inputs:
+            tensor.grad = None
+        value = loss(*inputs)
+        value.backward()
+        values[which] = value.item()
+
+    runs = {w: partial(run, w, loss) for w, loss in zip(("ours", "plain"), pair, strict=True)}
+    best = {which: min(seconds) for which, seconds in in_turn(runs, repeat, name).items()}
+    assert abs(values["ours"] - values["plain"]) <= 1e-4 * abs(values["plain"]), (name, values)
     return {
         "loss": name,
-        "seconds": round(best[0], 4),
-        "plain PyTorch": round(best[1], 4),
-        "ratio": round(best[0] / best[1], 3),
+        "seconds": round(best["ours"], 4),
+        "plain PyTorch": round(best["plain"], 4),
+        "ratio": round(best["ours"] / best["plain"], 3),
     }
 
 
@@ -126,18 +123,11 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = [
         row(name, (ours, plain), inputs, asked.repeat)
-        for name, (ours, plain, inputs) in tqdm(cases().items())
+        for name, (ours, plain, inputs) in cases().items()
     ]
-    content = {
-        "command": "python tests/benchmarks/core/bench_losses.py",
-        "machine": f"{platform.machine()}, 1 thread, process seconds",
-        "versions": {name: version(name) for name in ("torch", "cohobate-core")},
-        "rows": rows,
-    }
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(json.dumps(content, indent=1) + "\n")
-    for found in rows:
-        print(found)
+    packages = ("torch", "cohobate-core")
+    write_rows(asked.out, "tests/benchmarks/core/bench_losses.py", packages, rows)
+    print(*rows, sep="\n")
 
 
 if __name__ == "__main__":

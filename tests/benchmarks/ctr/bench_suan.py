@@ -280,7 +280,7 @@ def permuted(seeds: int, partial: Path) -> dict[str, Any]:
             "seed": seed,
             "distilled LightSUAN, test AUC": round(info["test"]["test/auc"], 4),
             "teacher, test AUC": round(info["test"]["test/teacher_auc"], 4),
-            "data": f"{info['data']}, training labels permuted",
+            "data": f"{info['data']}, labels of training and validation permuted",
         }
 
     return {"rows": [kept(partial, f"seed {s}", lambda s=s: run(s)) for s in range(seeds)]}

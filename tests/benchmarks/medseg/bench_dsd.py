@@ -10,20 +10,15 @@ in turn, and the seconds are those of the process, so that other work on the mac
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from cohobate.core.testing.bench import in_turn, medians, write_rows
 from cohobate.medseg.data import Preprocess
 from cohobate.medseg.dsd import DSD, dice_ce, distillation, prepare
 
@@ -40,18 +35,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2, help="patches a step")
     parser.add_argument("--repeat", type=int, default=3)
     asked = parser.parse_args()
+    torch.set_num_threads(1)
     rows = [step_row(asked.size, asked.batch, asked.repeat)]
     rows += loss_rows(asked.size, asked.batch, 2 * asked.repeat, asked.official)
-    content = {
-        "command": "python tests/benchmarks/medseg/bench_dsd.py",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread, process seconds",
-        "versions": {name: version(name) for name in ("torch", "monai", "cohobate-medseg")},
-        "rows": rows,
-    }
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(json.dumps(content, indent=1) + "\n")
-    for row in rows:
-        print(row)
+    packages = ("torch", "monai", "cohobate-medseg")
+    write_rows(asked.out, "tests/benchmarks/medseg/bench_dsd.py", packages, rows)
+    print(*rows, sep="\n")
 
 
 def step_row(size: int, batch: int, repeat: int) -> dict[str, object]:
@@ -59,7 +48,7 @@ def step_row(size: int, batch: int, repeat: int) -> dict[str, object]:
     models = {"baseline": model(size, distill=False), "DSD": model(size, distill=True)}
     data = patches(size, batch)
     steps = {name: step(module, data) for name, module in models.items()}
-    seconds = in_turn(steps, repeat, f"training step, {batch} × {size}³")
+    seconds = medians(in_turn(steps, repeat, f"training step, {batch} × {size}³"))
     added = sum(p.numel() for p in models["DSD"].model.heads.parameters())
     students = sum(p.numel() for p in models["DSD"].student.parameters())
     return row(
@@ -84,9 +73,8 @@ def loss_rows(size: int, batch: int, repeat: int, official: Path | None) -> list
         grads = torch.autograd.grad(loss(), logits)
         values[name + " gradient"] = torch.stack([g.norm() for g in grads])
     gap = (values["ours gradient"] / values["official gradient"] - 1).abs().max().item()
-    seconds = in_turn(
-        {name: backward(loss, logits) for name, loss in losses.items()}, repeat, "loss"
-    )
+    runs = {name: backward(loss, logits) for name, loss in losses.items()}
+    seconds = medians(in_turn(runs, repeat, "loss"))
     note = (
         f"value {values['ours']:.6f} against {values['official']:.6f}, "
         f"gradient norms within {gap:.1e}"
@@ -172,18 +160,6 @@ def backward(loss: Callable[[], Tensor], logits: list[Tensor]) -> Callable[[], N
         torch.autograd.grad(loss(), logits)
 
     return run
-
-
-def in_turn(runs: dict[str, Callable[[], None]], repeat: int, title: str) -> dict[str, float]:
-    """Median process seconds of each, one warm-up, all taking turns."""
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in tqdm(range(repeat + 1), desc=title):
-        for name, run in runs.items():
-            start = time.process_time()
-            run()
-            if turn:
-                found[name].append(time.process_time() - start)
-    return {name: statistics.median(seconds) for name, seconds in found.items()}
 
 
 def row(name: str, left: str, a: float, right: str, b: float, note: str) -> dict[str, object]:

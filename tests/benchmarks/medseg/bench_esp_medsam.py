@@ -11,22 +11,18 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
-import platform
-import statistics
 import sys
 import tempfile
-import time
 import types
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from cohobate.core.testing.bench import in_turn, medians, write_rows
 from cohobate.medseg.esp_medsam import MODALITIES, Network, save_official
 from cohobate.medseg.esp_medsam.official import official_network
 
@@ -42,17 +38,13 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1024, help="side of the image")
     parser.add_argument("--repeat", type=int, default=3)
     asked = parser.parse_args()
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     network = official_network(MODALITY).eval()
-    content = {
-        "command": "python tests/benchmarks/medseg/bench_esp_medsam.py",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread, process seconds",
-        "versions": {n: version(n) for n in ("torch", "timm", "transformers", "cohobate-medseg")},
-        "rows": [forward_row(network, asked.size, asked.repeat, asked.official), size_row(network)],
-    }
-    asked.out.write_text(json.dumps(content, indent=1) + "\n")
-    for row in content["rows"]:
-        print(row)
+    rows = [forward_row(network, asked.size, asked.repeat, asked.official), size_row(network)]
+    packages = ("torch", "timm", "transformers", "cohobate-medseg")
+    write_rows(asked.out, "tests/benchmarks/medseg/bench_esp_medsam.py", packages, rows)
+    print(*rows, sep="\n")
 
 
 def forward_row(network: Network, size: int, repeat: int, folder: Path | None) -> dict[str, object]:
@@ -65,7 +57,8 @@ def forward_row(network: Network, size: int, repeat: int, folder: Path | None) -
         query = MODALITIES.index(MODALITY)
         runs["official code"] = lambda: theirs(image, domain_seq=query)[0]
     with torch.inference_mode():
-        seconds, outputs = in_turn(runs, repeat)
+        outputs = {name: run() for name, run in runs.items()}
+        seconds = medians(in_turn(runs, repeat, "one image"))
     if folder is not None:
         difference = float((outputs["ours"] - outputs["official code"]).abs().max())
         scale = float(outputs["official code"].abs().max())
@@ -104,21 +97,6 @@ def official(network: Network, folder: Path) -> nn.Module:
         save_official(network, MODALITY, file)
         theirs.load_state_dict(torch.load(file, weights_only=True))
     return theirs
-
-
-def in_turn(
-    runs: dict[str, Callable[[], Tensor]], repeat: int
-) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Median process seconds of each, one warm-up, all taking turns; and their outputs."""
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    outputs = {}
-    for turn in range(repeat + 1):
-        for name, run in runs.items():
-            start = time.process_time()
-            outputs[name] = run()
-            if turn:
-                found[name].append(time.process_time() - start)
-    return {name: statistics.median(values) for name, values in found.items()}, outputs
 
 
 if __name__ == "__main__":

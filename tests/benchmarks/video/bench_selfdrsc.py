@@ -11,15 +11,11 @@ on the machine counts little.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -29,6 +25,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from cohobate.core.testing.bench import in_turn, times_faster, write_rows
 from cohobate.video.data.media import Clip, clip_writer
 from cohobate.video.data.module import embedded_clip
 from cohobate.video.selfdrsc import CorrectionNet, frames_at, losses, preset
@@ -62,43 +59,21 @@ def main() -> None:
         rows.append(step_row(official, asked.repeat))
     if "clip" in chosen:
         rows.append(clip_row(asked.frames))
-    before = json.loads(asked.out.read_text())["rows"] if asked.out.exists() else []
-    kept = [row for row in before if row["what"] not in {new["what"] for new in rows}]
-    content = {
-        "command": "python tests/benchmarks/video/bench_selfdrsc.py",
-        "machine": f"{platform.machine()}, 1 thread, process seconds",
-        "versions": {name: version(name) for name in ("torch", "cohobate-video")},
-        "rows": [*kept, *rows],
-    }
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(json.dumps(content, indent=1) + "\n")
-    for row in rows:
-        print(row)
+    packages = ("torch", "cohobate-video")
+    script = "tests/benchmarks/video/bench_selfdrsc.py"
+    write_rows(asked.out, script, packages, rows, update=True)
+    print(*rows, sep="\n")
 
 
-def alternate(repeat: int, *actions: Callable[[], Any]) -> list[list[float]]:
-    """Process seconds of each action, taken in turn after one round that does not count."""
-    seconds: list[list[float]] = [[] for _ in actions]
-    for turn in range(repeat + 1):
-        for action, found in zip(actions, seconds, strict=True):
-            start = time.process_time()
-            action()
-            if turn:
-                found.append(time.process_time() - start)
-    return seconds
-
-
-def compared(what: str, ours: list[float], other: list[float] | None) -> Row:
+def compared(what: str, ours: list[float], other: list[float] | None = None) -> Row:
     """One line of the table: the ratio is the median of the ratios of each turn."""
-    ratios = [b / a for a, b in zip(ours, other, strict=True)] if other else []
     return {
         "what": what,
         "here (s)": round(statistics.median(ours), 4),
         "official (s)": round(statistics.median(other), 4) if other else "-",
-        "times faster, median (least to most)": f"{statistics.median(ratios):.2f} "
-        f"({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "-",
+        "times faster, median (least to most)": times_faster(ours, other) if other else "-",
         "memory": "-",
-    }  # fmt: skip
+    }
 
 
 def network_row(official: SimpleNamespace | None, repeat: int) -> Row:
@@ -112,7 +87,7 @@ def network_row(official: SimpleNamespace | None, repeat: int) -> Row:
         own.zero_grad()
         own(images, maps).square().mean().backward()
 
-    actions = [here]
+    runs = {"here": here}
     if official is not None:
         theirs = official.network()
         theirs.load_state_dict(own.state_dict())
@@ -124,8 +99,8 @@ def network_row(official: SimpleNamespace | None, repeat: int) -> Row:
             theirs.zero_grad()
             theirs(images, wide)[0].square().mean().backward()
 
-        actions.append(there)
-    return compared(f"network, forward + backward, {SIZE}²", *_padded(alternate(repeat, *actions)))
+        runs["official"] = there
+    return compared(f"network, forward + backward, {SIZE}²", *in_turn(runs, repeat).values())
 
 
 def reconstruction_row(official: SimpleNamespace | None, repeat: int) -> Row:
@@ -138,7 +113,7 @@ def reconstruction_row(official: SimpleNamespace | None, repeat: int) -> Row:
         made = losses.reconstruct(frames, flows, times, target, official_warp=True)
         torch.autograd.grad(made.images.square().mean(), (frames, flows))
 
-    actions = [here]
+    runs = {"here": here}
     if official is not None:
         wanted = official_reconstruction(official, frames, flows)
         found = losses.reconstruct(frames, flows, times, target, official_warp=True).images
@@ -149,10 +124,8 @@ def reconstruction_row(official: SimpleNamespace | None, repeat: int) -> Row:
             made = official_reconstruction(official, frames, flows)
             torch.autograd.grad(made.square().mean(), (frames, flows))
 
-        actions.append(there)
-    return compared(
-        f"reconstruction, forward + backward, {SIZE}²", *_padded(alternate(repeat, *actions))
-    )
+        runs["official"] = there
+    return compared(f"reconstruction, forward + backward, {SIZE}²", *in_turn(runs, repeat).values())
 
 
 def step_row(official: SimpleNamespace | None, repeat: int) -> Row:
@@ -168,7 +141,7 @@ def step_row(official: SimpleNamespace | None, repeat: int) -> Row:
         frames = own(images, maps)
         losses.reconstruct(frames, flows, times, target).images.square().mean().backward()
 
-    actions = [here]
+    runs = {"here": here}
     if official is not None:
         theirs = official.network()
 
@@ -177,11 +150,9 @@ def step_row(official: SimpleNamespace | None, repeat: int) -> Row:
             frames = theirs(images, wide)[0].unflatten(1, (3, 3))
             official_reconstruction(official, frames, flows).square().mean().backward()
 
-        actions.append(there)
-    return compared(
-        f"network + reconstruction, forward + backward, {SIZE}²",
-        *_padded(alternate(repeat, *actions)),
-    )
+        runs["official"] = there
+    what = f"network + reconstruction, forward + backward, {SIZE}²"
+    return compared(what, *in_turn(runs, repeat).values())
 
 
 def official_reconstruction(official: SimpleNamespace, frames: Tensor, flows: Tensor) -> Tensor:
@@ -262,10 +233,6 @@ def official_parts(folder: Path) -> SimpleNamespace:
         reverse=network_rsgenerator.CFR_flow_t_align,
         warp=lambda x, flow: network_rsgenerator.IFEDNet.warp(holder, x, flow),
     )
-
-
-def _padded(seconds: list[list[float]]) -> list[list[float] | None]:
-    return [*seconds, *[None] * (2 - len(seconds))]
 
 
 if __name__ == "__main__":

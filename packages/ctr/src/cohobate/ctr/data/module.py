@@ -42,7 +42,8 @@ class ClickData(pl.LightningDataModule):
         num_workers: processes that decode; the order does not depend on it.
         future: a behaviour later than its impression is an ``error`` or is left out (``drop``).
         limit_rows: train on the first so many rows only (scaling-law runs).
-        permute_labels: shuffle the training labels: nothing must be learned from them.
+        permute_labels: shuffle the labels of training and validation part: from them nothing can be
+            learned, and no epoch chosen.
         rows: rows of the generated train, validation and test part.
         sample: seed of the generated users.
         cache: folder for prepared data.
@@ -159,7 +160,7 @@ class ClickData(pl.LightningDataModule):
             world=torch.distributed.get_world_size() if distributed else 1,
             future=self.future,
             bounds=bounds,
-            permute_labels=self.permute_labels and training,
+            permute_labels=self.permute_labels and split != "test",
         )
 
     def train_dataloader(self) -> ResumableLoader:
