@@ -2,12 +2,17 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import statistics
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from scipy import stats
 
+from cohobate.core import compare
 from cohobate.core.compare import Comparison, Metric, draw, interval, markdown
 from cohobate.core.testing import run_command
 
@@ -81,6 +86,35 @@ def test_the_command_trains_every_arm_and_resumes(in_tmp: Path) -> None:
     assert info["steps"] == 8
     assert run_command(*words).code == 0
     assert Path("c/baseline/seed-0/last.ckpt").stat().st_mtime_ns == made
+
+
+@pytest.fixture
+def forked(in_child: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of a comparison are forks, which need not import torch again."""
+
+    class Fork:
+        def __init__(self, command: list[str], **_: object) -> None:
+            assert command[1:3] == ["-m", compare.__name__]
+            self.returncode = in_child(lambda: sys.exit(compare._child(command[3:])))
+
+        def poll(self) -> int:
+            return self.returncode
+
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(Popen=Fork))
+
+
+@pytest.mark.usefixtures("forked")
+def test_a_run_that_stopped_between_two_stages_goes_on(in_tmp: Path) -> None:
+    words = ["compare", "toy/staged", "--seeds=1", "--out=c"]
+    assert run_command(*words).code == 0
+    first, last = Path("c/distilled/seed-0/1-warm"), Path("c/distilled/seed-0/2-distil")
+    kept = [first / "last.ckpt", Path("c/baseline/seed-0/2-distil/last.ckpt")]
+    made = [path.stat().st_mtime_ns for path in kept]
+    shutil.rmtree(last)
+    outcome = run_command(*words)
+    assert outcome.code == 0, outcome.err
+    assert json.loads((last / "run.json").read_text())["status"] == "finished"
+    assert [path.stat().st_mtime_ns for path in kept] == made
 
 
 def test_a_run_that_fails_says_why(in_tmp: Path) -> None:

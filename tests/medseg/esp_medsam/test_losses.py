@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from scipy.spatial.distance import directed_hausdorff
+from sklearn import metrics as sk
 
 from cohobate.core.errors import InputError
 from cohobate.medseg.esp_medsam import embedding_loss, mask_loss, patch_loss, patch_target
@@ -131,3 +134,33 @@ def test_metrics_agree_with_monai():
     dice, iou = compute_dice(p.float(), g.float()), compute_iou(p.float(), g.float())
     torch.testing.assert_close(found["dice"].float(), dice[:, 0], atol=2e-4, rtol=0)
     torch.testing.assert_close(found["iou"].float(), iou[:, 0], atol=4e-4, rtol=0)
+
+
+def test_overlap_is_scikit_learns_with_one_right_pixel_more():
+    """Smoothing by 1 is a foreground pixel that both have, for all but Dice and accuracy."""
+    rng = torch.Generator().manual_seed(3)
+    p = torch.rand(5, 1, 24, 24, generator=rng) > 0.4
+    g = torch.rand(5, 1, 24, 24, generator=rng) > 0.4
+    p[3], g[4] = False, False
+    found = overlap(p, g)
+    pairs = [(a.flatten().numpy(), b.flatten().numpy()) for a, b in zip(p, g, strict=True)]
+    want = [sk.accuracy_score(b, a) for a, b in pairs]
+    assert found["accuracy"].tolist() == pytest.approx(want, abs=1e-6)
+    more = [(np.append(a, True), np.append(b, True)) for a, b in pairs]
+    for name, score in (
+        ("precision", sk.precision_score),
+        ("recall", sk.recall_score),
+        ("iou", sk.jaccard_score),
+    ):
+        want = [score(b, a) for a, b in more]
+        assert found[name].tolist() == pytest.approx(want, abs=1e-6), name
+
+
+def test_the_distance_is_scipys():
+    rng = torch.Generator().manual_seed(5)
+    p, g = (torch.rand(2, 3, 1, 12, 15, generator=rng) > 0.9).unbind()
+    want = []
+    for a, b in zip(p, g, strict=True):
+        one, other = a[0].nonzero().numpy(), b[0].nonzero().numpy()
+        want.append(max(directed_hausdorff(one, other)[0], directed_hausdorff(other, one)[0]))
+    assert hausdorff(p, g).tolist() == pytest.approx(want, abs=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -259,6 +260,29 @@ def refused(recipe: str, out: Path, *options: str):
 def test_a_missing_folder(tmp_path):
     outcome = refused("medseg/esp-medsam", tmp_path / "run", f"--data.root={tmp_path / 'no'}")
     assert_one_line(outcome, "no: no such folder")
+
+
+def test_bad_pictures_and_lines(data, tmp_path):
+    root = tmp_path / "bad"
+    shutil.copytree(data, root)
+    good = (root / "manifest.csv").read_text()
+    Image.new("L", (32, 32)).save(root / "masks" / "small.png")
+    (root / "images" / "broken.png").write_bytes(b"text")
+    image, mask = "images/fundus_0.png", "masks/fundus_0.png"
+    for line, message in (
+        (f"{image},{mask},fundis,train", "unknown modality 'fundis', did you mean 'fundus'"),
+        (f"{image},masks/gone.png,fundus,train", "gone.png: no such file"),
+        (f"{image},masks/small.png,fundus,test", "small.png: the mask is (32, 32), the image"),
+        (f"images/broken.png,{mask},fundus,test", "broken.png: not a readable image"),
+    ):
+        (root / "manifest.csv").write_text(f"{good}\n{line}\n")
+        outcome = refused("medseg/esp-medsam", tmp_path / "run", f"--data.root={root}")
+        assert_one_line(outcome, message)
+    size = refused(
+        "medseg/esp-medsam", tmp_path / "run", f"--data.root={data}", "--data.image_size=65"
+    )
+    assert_one_line(size, "image_size: 65 is not divisible by 32")
+    assert not (tmp_path / "run").exists(), "all of it shows before a run starts"
 
 
 def test_a_missing_teacher(data, tmp_path):

@@ -14,7 +14,14 @@ from cohobate.core.errors import InputError
 from cohobate.core.training.data import Draw
 from cohobate.medseg.tsddnet import UltrasoundData, synthetic
 from cohobate.medseg.tsddnet.data import Augment, Lesions, Split, balanced, perturb, place
-from cohobate.medseg.tsddnet.readers import duplicates, groups, read, read_busi
+from cohobate.medseg.tsddnet.readers import (
+    Samples,
+    duplicates,
+    groups,
+    parse_box,
+    read,
+    read_busi,
+)
 
 HEADER = ["image", "class", "x1", "y1", "x2", "y2", "patient"]
 
@@ -243,6 +250,22 @@ def test_the_canvas_keeps_proportions_and_boxes_follow():
     canvas, scale, size = place(image, 64)
     assert (scale, size) == (0.64, (64, 32))
     assert canvas[:, 32:].max() == 0
+
+
+def test_a_box_at_the_edge_of_the_canvas_is_in_the_image():
+    """384 × 251 pixels become 128 × 84, which is 252 of the image's rows."""
+    images = [np.zeros(shape, np.uint8) for shape in ((251, 384), (384, 251), (333, 77))]
+    none = np.full((3, 4), np.nan, dtype=np.float32)
+    names = ["a", "b", "c"]
+    part = Lesions(Samples(names, images, np.zeros(3, int), none, names), 128, None)
+    edge = np.tile(part.size[:, ::-1], 2)
+    edge[:, :2] = 3.0
+    found = part.original(edge)
+    for (x1, y1, x2, y2), image in zip(found, images, strict=True):
+        assert (y2, x2) == pytest.approx(image.shape, abs=1.5)
+        cells = [str(v) for v in (x1, y1, x2, y2)]
+        assert parse_box(cells, image.shape, "here") == [x1, y1, x2, y2]
+    assert np.isnan(part.original(none)).all()
 
 
 def test_a_flip_moves_box_and_image_alike():

@@ -280,6 +280,24 @@ def test_bad_data_leaves_nothing(refused, folder, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_bad_lines_of_a_manifest(refused, folder, tmp_path):
+    root = tmp_path / "table"
+    shutil.copytree(folder / "benign", root)
+    Image.new("L", (31, 64)).save(root / "tiny.png")
+    header, good = "image,class,x1,y1,x2,y2", "benign (1).png,b,,,,"
+    for line, message in (
+        ("benign (2).png,m,5,5,5,9", "line 3: box 5, 5, 5, 9: has no area"),
+        ("benign (2).png,m,0,0,90,9", "line 3: box 0, 0, 90, 9: outside the image (60 × 64)"),
+        ("benign (2).png,m,nan,0,9,9", "line 3: box nan, 0, 9, 9: not four numbers"),
+        ("benign (2).png,z,0,0,9,9", "line 3: class 'z' is not in"),
+        ("gone.png,m,0,0,9,9", "line 3: no image gone.png"),
+        ("tiny.png,m,0,0,9,9", "tiny.png: 31 × 64 pixels, at least 32"),
+    ):
+        (root / "manifest.csv").write_text("\n".join([header, good, line]) + "\n")
+        assert_one_line(refused(root, "--data.class_names=[b, m]"), message)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_table_of_other_images(refused, folder, trained, tmp_path):
     outcome = refused(folder, f"--data.audit={trained[-1] / 'audit.csv'}", "--data.split.fold=2")
     assert_one_line(outcome, "audit.csv line", "is no training image of this fold")

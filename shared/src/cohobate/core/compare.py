@@ -29,7 +29,7 @@ from cohobate.core import catalog
 from cohobate.core.errors import InputError, guard
 from cohobate.core.io import save_atomic
 from cohobate.core.recipes import read_config, take_config_files
-from cohobate.core.runs import RunFolder
+from cohobate.core.runs import RunFolder, stage_folders
 
 RECIPE_ARM = "distilled"
 _BAR = "{desc}: {percentage:3.0f}% |{bar}| {n:.1f}/{total} runs [{elapsed} < {remaining}{postfix}]"
@@ -246,10 +246,9 @@ def compare(
         key: _command(recipe, overlays[key[0]], [*args, f"--seed_everything={key[1]}"], folder)
         for key, folder in folders.items()
     }
-    _run_all(commands, folders, jobs)
-    infos = {
-        arm: {seed: _last_stage(folders[arm, seed]).info for seed in seeds} for arm in overlays
-    }
+    stages = {key: stage_folders(recipe, folder) for key, folder in folders.items()}
+    _run_all(commands, folders, stages, jobs)
+    infos = {arm: {seed: stages[arm, seed][-1].info for seed in seeds} for arm in overlays}
     result = Comparison(_about(recipe, args, seeds, infos), _metrics(recipe, infos), infos)
     _write(result, out, json_copy)
     return result
@@ -280,10 +279,13 @@ def _child(argv: list[str]) -> int:
 
 
 def _run_all(
-    commands: dict[tuple[str, int], list[str]], folders: dict[tuple[str, int], Path], jobs: int
+    commands: dict[tuple[str, int], list[str]],
+    folders: dict[tuple[str, int], Path],
+    stages: dict[tuple[str, int], list[RunFolder]],
+    jobs: int,
 ) -> None:
     """Run what is not finished, ``jobs`` at a time, with one progress bar over everything."""
-    waiting = [key for key in commands if not _done(folders[key], commands[key])]
+    waiting = [key for key in commands if not _done(folders[key], stages[key], commands[key])]
     running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
     environment = dict(os.environ)
     # Several runs at once must not each take all cores.
@@ -307,7 +309,7 @@ def _run_all(
                         raise _failure(key, folders[key], code)
                 done = len(commands) - len(waiting) - len(running)
                 bar.set_postfix_str(", ".join(f"{arm} {seed}" for arm, seed in running), False)
-                bar.update(done + sum(_fraction(folders[key]) for key in running) - bar.n)
+                bar.update(done + sum(_fraction(stages[key]) for key in running) - bar.n)
                 if running:
                     _wait(running)
         finally:
@@ -317,11 +319,11 @@ def _run_all(
                 process.wait()
 
 
-def _done(folder: Path, command: list[str]) -> bool:
+def _done(folder: Path, stages: list[RunFolder], command: list[str]) -> bool:
     """Whether just this run is finished; another command is left to ``fit`` to judge."""
     started = folder / "command.json"
     same = started.exists() and json.loads(started.read_text()) == command[3:]
-    return same and _last_stage(folder).finished
+    return same and stages[-1].finished
 
 
 def _wait(running: dict[tuple[str, int], subprocess.Popen[bytes]]) -> None:
@@ -343,9 +345,15 @@ def _failure(key: tuple[str, int], folder: Path, code: int) -> Exception:
     return RuntimeError(f"{key[0]}, seed {key[1]} ended with {code}; see {folder / 'log.txt'}")
 
 
-def _fraction(folder: Path) -> float:
-    """How much of a run is done, from the epochs in its metrics.csv."""
-    run = _last_stage(folder)
+def _fraction(stages: list[RunFolder]) -> float:
+    """How much of a run is done: its finished stages, and the epochs of the one after them."""
+    finished = sum(run.finished for run in stages)
+    begun = 0.0 if finished == len(stages) else _epochs_done(stages[finished])
+    return min((finished + begun) / len(stages), 0.99)
+
+
+def _epochs_done(run: RunFolder) -> float:
+    """How much of a stage is done, from the epochs in its metrics.csv."""
     metrics = run.path / "metrics.csv"
     if not metrics.exists() or not run.config.exists():
         return 0.0
@@ -358,11 +366,6 @@ def _fraction(folder: Path) -> float:
     if len(cells) < 2 or not cells[1].isdigit() or epochs < 1:
         return 0.0
     return min(int(cells[1]) / epochs, 0.99)
-
-
-def _last_stage(folder: Path) -> RunFolder:
-    stages = sorted(path.parent for path in folder.glob("*/config.yaml"))
-    return RunFolder(stages[-1] if stages else folder)
 
 
 def _result(run: dict[str, Any], name: str) -> float:

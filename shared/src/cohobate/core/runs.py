@@ -116,12 +116,22 @@ def fit(
     rest, folder = _take_out(list(args))
     folder = folder or out or Path("runs") / recipe.full_name.split("/", 1)[1].replace("/", "-")
     folders: dict[str, RunFolder] = {}
-    for stage in recipe.stages:
-        several = len(recipe.stages) > 1
-        run = RunFolder(folder / stage.path.stem if several else folder)
+    for stage, run in zip(recipe.stages, stage_folders(recipe, folder), strict=True):
         _fit_stage(recipe, stage, rest, arm, run, folders, folder)
         folders[stage.name] = run
     return list(folders.values())
+
+
+def stage_folders(recipe: catalog.Recipe, folder: Path) -> list[RunFolder]:
+    """The run folder of each stage of a recipe, in order; a single stage has the folder itself.
+
+    Args:
+        recipe: The recipe.
+        folder: Where it is trained.
+    """
+    if len(recipe.stages) == 1:
+        return [RunFolder(folder)]
+    return [RunFolder(folder / stage.path.stem) for stage in recipe.stages]
 
 
 def validate(checkpoint: Path, args: Sequence[str] = ()) -> dict[str, float]:

@@ -91,14 +91,25 @@ def read_mask(path: Path, like: tuple[int, ...] | None = None) -> np.ndarray:
     return mask
 
 
-def _open(path: Path) -> Image.Image:
+def _shape(path: Path) -> tuple[int, int]:
+    """Height and width of an image, from its header alone.
+
+    Raises:
+        InputError: The file is missing or no image.
+    """
+    width, height = _open(path, decode=False).size
+    return height, width
+
+
+def _open(path: Path, decode: bool = True) -> Image.Image:
     try:
         with Image.open(path) as image:
-            image.load()
-            return image.copy()
+            return image.copy() if decode else image
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+    except (
+        UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError,
+    ) as error:  # fmt: skip
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not a readable image: {reason}") from None
 
@@ -265,7 +276,8 @@ class Source:
         """The pictures of each part.
 
         Raises:
-            InputError: The folder is not laid out as described, or a file is missing.
+            InputError: The folder is not laid out as described, a file is missing or no image, or
+                a mask is of another size than its image.
         """
         if not self.root.is_dir():
             raise InputError(f"{self.root}: no such folder")
@@ -284,9 +296,11 @@ class Source:
             if not pictures:
                 raise InputError(f"{self.root}: no picture for {part}")
             for picture in pictures:
-                for path in (picture.image, picture.mask):
-                    if isinstance(path, Path) and not path.is_file():
-                        raise InputError(f"{path}: no such file (for {picture.name})")
+                assert isinstance(picture.image, Path)
+                assert isinstance(picture.mask, Path)
+                image, mask = _shape(picture.image), _shape(picture.mask)
+                if image != mask:
+                    raise InputError(f"{picture.mask}: the mask is {mask}, the image {image}")
         return found
 
     def _check(self, modality: str, place: str) -> str:

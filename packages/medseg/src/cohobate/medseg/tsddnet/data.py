@@ -153,8 +153,10 @@ class Lesions(Dataset[dict[str, Tensor]]):
         }
 
     def original(self, boxes: np.ndarray) -> np.ndarray:
-        """Boxes (M, 4) on the canvas in pixels of the images."""
-        return boxes / self.scale[:, None]
+        """Boxes (M, 4) on the canvas in pixels of the images, and inside them."""
+        # A canvas has whole pixels, so an image's edge on it may lie beyond the image's own.
+        sizes = np.array([image.shape[::-1] * 2 for image in self.samples.images])
+        return np.minimum(boxes / self.scale[:, None], sizes)
 
 
 class UltrasoundData(pl.LightningDataModule):
