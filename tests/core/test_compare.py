@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from scipy import stats
 
-from cohobate.core import compare
+from cohobate.core import arms
 from cohobate.core.compare import Comparison, Metric, draw, interval, markdown
 from cohobate.core.testing import run_command
 
@@ -94,13 +94,13 @@ def forked(in_child: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> Non
 
     class Fork:
         def __init__(self, command: list[str], **_: object) -> None:
-            assert command[1:3] == ["-m", compare.__name__]
-            self.returncode = in_child(lambda: sys.exit(compare._child(command[3:])))
+            assert command[1:3] == ["-m", arms.__name__]
+            self.returncode = in_child(lambda: sys.exit(arms._child(command[3:])))
 
         def poll(self) -> int:
             return self.returncode
 
-    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(Popen=Fork))
+    monkeypatch.setattr(arms, "subprocess", SimpleNamespace(Popen=Fork))
 
 
 @pytest.mark.usefixtures("forked")
@@ -115,6 +115,20 @@ def test_a_run_that_stopped_between_two_stages_goes_on(in_tmp: Path) -> None:
     assert outcome.code == 0, outcome.err
     assert json.loads((last / "run.json").read_text())["status"] == "finished"
     assert [path.stat().st_mtime_ns for path in kept] == made
+
+
+@pytest.mark.usefixtures("forked")
+def test_a_shared_stage_is_trained_once_for_each_seed(in_tmp: Path) -> None:
+    assert run_command("compare", "toy/staged", "--seeds=1", "--out=c").code == 0
+    made = (Path("c/all-arms/seed-0/run.json")).read_bytes()
+    for arm in ("baseline", "distilled"):
+        assert Path(f"c/{arm}/seed-0/1-warm/run.json").read_bytes() == made
+    assert run_command("fit", "toy/staged", "--seed_everything=0", "--out=alone").code == 0
+    for name in ("1-warm", "2-distil"):
+        runs = [Path(folder) / name for folder in ("c/distilled/seed-0", "alone")]
+        weights = [(run / "student.safetensors").read_bytes() for run in runs]
+        assert weights[0] == weights[1]
+        assert (runs[0] / "metrics.csv").read_text() == (runs[1] / "metrics.csv").read_text()
 
 
 def test_a_run_that_fails_says_why(in_tmp: Path) -> None:

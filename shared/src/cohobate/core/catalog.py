@@ -7,9 +7,10 @@ torch nor the paper's own modules, so ``cohobate list`` answers at once.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,11 @@ class Stage:
 
     name: str
     path: Path
+
+    @property
+    def shared(self) -> bool:
+        """Whether it is the same for every arm of a comparison (``shared: true``)."""
+        return bool(read_yaml(self.path).get("shared", False))
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,12 @@ class Recipe:
     def full_name(self) -> str:
         """The name that finds this recipe again."""
         return self.paper.name if self.name == "fit" else f"{self.paper.name}/{self.name}"
+
+    @property
+    def shared(self) -> Recipe | None:
+        """Its leading stages that are the same for every arm; None without such."""
+        first = tuple(takewhile(lambda stage: stage.shared, self.stages))
+        return replace(self, stages=first) if first else None
 
 
 def papers(domain: str | None = None) -> dict[str, Paper]:

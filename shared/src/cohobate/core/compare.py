@@ -13,26 +13,20 @@ import platform
 import re
 import shlex
 import statistics
-import subprocess
-import sys
 import textwrap
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from scipy.stats import t as student_t
-from tqdm import tqdm
 
 from cohobate.core import catalog
-from cohobate.core.errors import InputError, guard
+from cohobate.core.arms import plan, run_all
+from cohobate.core.errors import InputError
 from cohobate.core.io import save_atomic
-from cohobate.core.recipes import read_config, take_config_files
-from cohobate.core.runs import RunFolder, stage_folders
 
 RECIPE_ARM = "distilled"
-_BAR = "{desc}: {percentage:3.0f}% |{bar}| {n:.1f}/{total} runs [{elapsed} < {remaining}{postfix}]"
 
 
 @dataclass(frozen=True)
@@ -214,7 +208,8 @@ def compare(
     """Train the recipe and its arms over seeds and compare them.
 
     Each run is a process of its own, so that memory is measured cleanly. A comparison that was
-    stopped goes on: finished runs are kept, a half-finished one is resumed.
+    stopped goes on: finished runs are kept, a half-finished one is resumed. Stages that the recipe
+    calls ``shared`` are trained once for each seed.
 
     Args:
         recipe: The recipe.
@@ -240,132 +235,12 @@ def compare(
             raise InputError(f"unknown arm '{arm}'{catalog.suggestion(arm, recipe.paper.arms)}")
         overlays[arm] = recipe.paper.arms[arm]
     overlays[RECIPE_ARM] = None
-    todo = [(arm, seed) for seed in seeds for arm in overlays]
-    folders = {(arm, seed): out / arm / f"seed-{seed}" for arm, seed in todo}
-    commands = {
-        key: _command(recipe, overlays[key[0]], [*args, f"--seed_everything={key[1]}"], folder)
-        for key, folder in folders.items()
-    }
-    stages = {key: stage_folders(recipe, folder) for key, folder in folders.items()}
-    _run_all(commands, folders, stages, jobs)
-    infos = {arm: {seed: stages[arm, seed][-1].info for seed in seeds} for arm in overlays}
+    planned = plan(recipe, overlays, args, seeds, out)
+    run_all(planned, jobs)
+    infos = {arm: {seed: planned[arm, seed].stages[-1].info for seed in seeds} for arm in overlays}
     result = Comparison(_about(recipe, args, seeds, infos), _metrics(recipe, infos), infos)
     _write(result, out, json_copy)
     return result
-
-
-def _command(
-    recipe: catalog.Recipe, arm: Path | None, args: Sequence[str], folder: Path
-) -> list[str]:
-    rest, extra = take_config_files(args, {})
-    command = [sys.executable, "-m", "cohobate.core.compare", recipe.full_name]
-    command += [str(arm or ""), str(folder), json.dumps(extra)]
-    return [*command, *rest, "--trainer.enable_progress_bar=false"]
-
-
-def _child(argv: list[str]) -> int:
-    """One run, in a process of its own: recipe, arm, folder, config, options."""
-    from cohobate.core import runs
-
-    name, arm, folder, extra, *rest = argv
-    if config := json.loads(extra):
-        path = Path(folder) / "options.yaml"
-        with save_atomic(path) as temporary:
-            temporary.write_text(json.dumps(config))  # JSON is YAML
-        rest += ["--config", str(path)]
-    overlay = Path(arm) if arm else None
-    found = catalog.find(name)
-    return guard(lambda: runs.fit(found, rest, arm=overlay, out=Path(folder)), "cohobate compare")
-
-
-def _run_all(
-    commands: dict[tuple[str, int], list[str]],
-    folders: dict[tuple[str, int], Path],
-    stages: dict[tuple[str, int], list[RunFolder]],
-    jobs: int,
-) -> None:
-    """Run what is not finished, ``jobs`` at a time, with one progress bar over everything."""
-    waiting = [key for key in commands if not _done(folders[key], stages[key], commands[key])]
-    running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
-    environment = dict(os.environ)
-    # Several runs at once must not each take all cores.
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(jobs, 1))))
-    # On a terminal the bar moves each second, in a log there is a line every half minute.
-    pause = 0.5 if sys.stderr.isatty() else 30.0
-    with tqdm(total=len(commands), desc="compare", mininterval=pause, bar_format=_BAR) as bar:
-        try:
-            while waiting or running:
-                while waiting and len(running) < max(jobs, 1):
-                    key = waiting.pop(0)
-                    folders[key].mkdir(parents=True, exist_ok=True)
-                    (folders[key] / "command.json").write_text(json.dumps(commands[key][3:]))
-                    with (folders[key] / "log.txt").open("ab") as output:
-                        running[key] = subprocess.Popen(
-                            commands[key], stdout=output, stderr=output, env=environment
-                        )
-                for key in [k for k, process in running.items() if process.poll() is not None]:
-                    code = running.pop(key).returncode
-                    if code != 0:
-                        raise _failure(key, folders[key], code)
-                done = len(commands) - len(waiting) - len(running)
-                bar.set_postfix_str(", ".join(f"{arm} {seed}" for arm, seed in running), False)
-                bar.update(done + sum(_fraction(stages[key]) for key in running) - bar.n)
-                if running:
-                    _wait(running)
-        finally:
-            for process in running.values():
-                process.terminate()
-            for process in running.values():
-                process.wait()
-
-
-def _done(folder: Path, stages: list[RunFolder], command: list[str]) -> bool:
-    """Whether just this run is finished; another command is left to ``fit`` to judge."""
-    started = folder / "command.json"
-    same = started.exists() and json.loads(started.read_text()) == command[3:]
-    return same and stages[-1].finished
-
-
-def _wait(running: dict[tuple[str, int], subprocess.Popen[bytes]]) -> None:
-    """Until a run ends, but at most a second, so that the bar moves."""
-    deadline = time.monotonic() + 1.0
-    for process in running.values():
-        try:
-            process.wait(max(deadline - time.monotonic(), 0.01))
-            return
-        except subprocess.TimeoutExpired:
-            continue
-
-
-def _failure(key: tuple[str, int], folder: Path, code: int) -> Exception:
-    text = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
-    last = text[-1].partition(": ")[2] if text else ""
-    if code == 2:
-        return InputError(last)
-    return RuntimeError(f"{key[0]}, seed {key[1]} ended with {code}; see {folder / 'log.txt'}")
-
-
-def _fraction(stages: list[RunFolder]) -> float:
-    """How much of a run is done: its finished stages, and the epochs of the one after them."""
-    finished = sum(run.finished for run in stages)
-    begun = 0.0 if finished == len(stages) else _epochs_done(stages[finished])
-    return min((finished + begun) / len(stages), 0.99)
-
-
-def _epochs_done(run: RunFolder) -> float:
-    """How much of a stage is done, from the epochs in its metrics.csv."""
-    metrics = run.path / "metrics.csv"
-    if not metrics.exists() or not run.config.exists():
-        return 0.0
-    with metrics.open("rb") as file:
-        file.seek(max(metrics.stat().st_size - 4096, 0))
-        lines = file.read().decode(errors="replace").strip().splitlines()
-    trainer = read_config(run.config).get("trainer", {})
-    cells = lines[-1].split(",") if lines else []
-    epochs = trainer.get("max_epochs") or 0
-    if len(cells) < 2 or not cells[1].isdigit() or epochs < 1:
-        return 0.0
-    return min(int(cells[1]) / epochs, 0.99)
 
 
 def _result(run: dict[str, Any], name: str) -> float:
@@ -474,7 +349,3 @@ def draw(result: dict[str, Any], path: Path) -> None:
             f"{result['recipe']}: a grey line is one seed, the bar the mean", fontsize=9
         )
         figure.savefig(path, dpi=140, format="png")
-
-
-if __name__ == "__main__":
-    raise SystemExit(_child(sys.argv[1:]))

@@ -103,7 +103,7 @@ def fit(
     Args:
         recipe: The recipe.
         args: Options as on the command line.
-        arm: An overlay for every stage, such as ``baseline.yaml``.
+        arm: An overlay for every stage that is not ``shared``, such as ``baseline.yaml``.
         out: The run folder, when ``args`` do not name it; default ``runs/<paper>[-<recipe>]``.
 
     Returns:
@@ -236,7 +236,7 @@ def _fit_stage(
 ) -> None:
     config = read_config(stage.path)
     source = config.get("init_from")
-    if arm is not None:
+    if arm is not None and not stage.shared:
         config = catalog.overlay(config, read_config(arm))
     fresh = not run.config.exists()
     if not fresh:
