@@ -53,11 +53,7 @@ class PoseTeacher(Teacher):
 
 
 class HeadTeacher(Teacher):
-    """A trained head, asked about the features that its student sees too.
-
-    Args:
-        head: The head.
-    """
+    """A trained head, asked about the features that its student sees too."""
 
     def changing_state(self) -> dict[str, Any]:
         """The weights; they are nowhere else in the run."""
