@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from rdkit import Chem
+from rdkit import Chem, ForceField  # noqa: F401 - older versions learn MMFF's classes from it
 from rdkit.Chem import rdForceFieldHelpers, rdMolAlign
 from torch import Tensor
 
