@@ -14,6 +14,7 @@ from torch import Tensor
 from cohobate.core.errors import InputError
 from cohobate.core.io import load_checkpoint, save_atomic
 from cohobate.detection.d_fine.network import DFineNet
+from cohobate.detection.weights import fill
 
 Weights = dict[str, Tensor]
 
@@ -197,21 +198,10 @@ def load_weights_into(network: DFineNet, path: Path, *, strict: bool = True) -> 
     Raises:
         InputError: A tensor does not fit, or nothing does.
     """
-    weights, own = read_weights(path), network.model.state_dict()
+    weights = read_weights(path)
     if not strict:
-        weights |= _class_heads(weights, own)
-    fitting = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
-    missing = [k for k in own if k not in fitting and not k.endswith(_SKIPPED)]
-    if strict and missing:
-        name = missing[0]
-        fault = "is missing" if name not in weights else (
-            f"has shape {tuple(weights[name].shape)}, the network needs {tuple(own[name].shape)}"
-        )  # fmt: skip
-        raise InputError(f"{path}: {name} {fault}")
-    if len(missing) > len(own) // 2:
-        raise InputError(f"{path}: most of the network finds no weights there; is it another size?")
-    network.model.load_state_dict(fitting, strict=False)
-    return missing
+        weights |= _class_heads(weights, network.model.state_dict())
+    return fill(network.model, weights, path, strict=strict, skipped=_SKIPPED)
 
 
 def _class_heads(weights: Weights, own: Weights) -> Weights:

@@ -27,6 +27,21 @@ class Category:
     name: str
 
 
+def read_sized(path: Path, width: int, height: int) -> np.ndarray:
+    """The pixels ``(H, W, 3)`` of an annotated picture, uint8 RGB.
+
+    Raises:
+        InputError: The file is missing or damaged, or has another size than annotated.
+    """
+    pixels = read_picture(path)
+    if pixels.shape[:2] != (height, width):
+        raise InputError(
+            f"{path}: is {pixels.shape[1]} × {pixels.shape[0]} pixels, its annotation says "
+            f"{width} × {height}"
+        )
+    return pixels
+
+
 @dataclass(frozen=True)
 class Picture:
     """An image with its objects.
@@ -63,13 +78,7 @@ class Picture:
         if self.pixels is not None:
             return self.pixels
         assert self.path is not None
-        pixels = read_picture(self.path)
-        if pixels.shape[:2] != (self.height, self.width):
-            raise InputError(
-                f"{self.path}: is {pixels.shape[1]} × {pixels.shape[0]} pixels, its annotation "
-                f"says {self.width} × {self.height}"
-            )
-        return pixels
+        return read_sized(self.path, self.width, self.height)
 
 
 @dataclass(frozen=True)

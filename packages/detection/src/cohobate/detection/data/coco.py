@@ -27,20 +27,20 @@ def read_coco(file: Path, folder: Path, categories: Sequence[Category] | None = 
     Raises:
         InputError: The file is no such JSON, lacks a key, or uses an id that it does not list.
     """
-    content = _json(file)
+    content = read_object(file)
     if categories is None:
-        listed = [Category(int(_get(c, "id", file)), str(_get(c, "name", file)))
-                  for c in _get(content, "categories", file)]  # fmt: skip
+        listed = [Category(int(member(c, "id", file)), str(member(c, "name", file)))
+                  for c in member(content, "categories", file)]  # fmt: skip
         categories = sorted(listed, key=lambda c: c.id)
     number = index_of(categories)
     if len(number) < len(categories):
         raise InputError(f"{file}: two categories have the same id")
     by_image: dict[Any, list[dict[str, Any]]] = {}
-    for annotation in _get(content, "annotations", file):
-        by_image.setdefault(_get(annotation, "image_id", file), []).append(annotation)
+    for annotation in member(content, "annotations", file):
+        by_image.setdefault(member(annotation, "image_id", file), []).append(annotation)
     pictures = [
-        _picture(image, by_image.pop(_get(image, "id", file), []), number, file, folder)
-        for image in _get(content, "images", file)
+        _picture(image, by_image.pop(member(image, "id", file), []), number, file, folder)
+        for image in member(content, "images", file)
     ]
     if by_image:
         raise InputError(f"{file}: an annotation is of image {next(iter(by_image))}, not listed")
@@ -50,12 +50,12 @@ def read_coco(file: Path, folder: Path, categories: Sequence[Category] | None = 
 def _picture(
     image: dict[str, Any], objects: list[dict[str, Any]], number: Any, file: Path, folder: Path
 ) -> Picture:
-    name = str(_get(image, "file_name", file))
-    width, height = int(_get(image, "width", file)), int(_get(image, "height", file))
+    name = str(member(image, "file_name", file))
+    width, height = int(member(image, "width", file)), int(member(image, "height", file))
     source = f"{file}: image {name}"
     boxes, labels, crowds = [], [], []
     for one in objects:
-        box, category = _get(one, "bbox", file), _get(one, "category_id", file)
+        box, category = member(one, "bbox", file), member(one, "category_id", file)
         if category not in number:
             raise InputError(f"{source}: category_id {category} is not among the categories")
         if not isinstance(box, list) or len(box) != 4:
@@ -95,7 +95,12 @@ def find_coco(root: Path) -> dict[str, tuple[Path, Path]]:
     return found
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
+    """The object that a JSON file of COCO's format is.
+
+    Raises:
+        InputError: The file cannot be read, or is something else.
+    """
     try:
         content = json.loads(file.read_text())
     except OSError as error:
@@ -107,7 +112,12 @@ def _json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _get(entry: Any, key: str, file: Path) -> Any:
+def member(entry: Any, key: str, file: Path) -> Any:
+    """A member of an object in such a file.
+
+    Raises:
+        InputError: There is none of this name.
+    """
     if not isinstance(entry, dict) or key not in entry:
         raise InputError(f"{file}: not COCO's format: '{key}' is missing")
     return entry[key]

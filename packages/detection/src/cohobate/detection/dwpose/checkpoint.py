@@ -10,6 +10,7 @@ from cohobate.core.errors import InputError
 from cohobate.core.io import load_weights
 from cohobate.core.runs import checkpoint_file
 from cohobate.detection.dwpose.network import RTMPose
+from cohobate.detection.weights import fill
 
 Weights = dict[str, Tensor]
 
@@ -85,16 +86,4 @@ def load_into(network: RTMPose, path: Path, *, strict: bool = True) -> list[str]
     Raises:
         InputError: A tensor does not fit, or nothing does.
     """
-    weights, own = read_weights(path), network.state_dict()
-    fitting = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
-    missing = [k for k in own if k not in fitting and not k.endswith("num_batches_tracked")]
-    if strict and missing:
-        name = missing[0]
-        fault = "is missing" if name not in weights else (
-            f"has shape {tuple(weights[name].shape)}, the network needs {tuple(own[name].shape)}"
-        )  # fmt: skip
-        raise InputError(f"{path}: {name} {fault}")
-    if len(missing) > len(own) // 2:
-        raise InputError(f"{path}: most of the network finds no weights there; is it another size?")
-    network.load_state_dict(fitting, strict=False)
-    return missing
+    return fill(network, read_weights(path), path, strict=strict, skipped="num_batches_tracked")

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from cohobate.core.errors import InputError
-from cohobate.detection.data.annotations import read_picture
+from cohobate.detection.data.annotations import read_sized
+from cohobate.detection.data.coco import member, read_object
 from cohobate.detection.dwpose.keypoints import WHOLEBODY, KeypointSet, by_names
 
 _PARTS = ("keypoints", "foot_kpts", "face_kpts", "lefthand_kpts", "righthand_kpts")
@@ -47,13 +48,7 @@ class Photo:
         if self.pixels is not None:
             return self.pixels
         assert self.path is not None
-        pixels = read_picture(self.path)
-        if pixels.shape[:2] != (self.height, self.width):
-            raise InputError(
-                f"{self.path}: is {pixels.shape[1]} × {pixels.shape[0]} pixels, its annotation "
-                f"says {self.width} × {self.height}"
-            )
-        return pixels
+        return read_sized(self.path, self.width, self.height)
 
 
 @dataclass(frozen=True)
@@ -144,14 +139,15 @@ def read_people(file: Path, folder: Path) -> tuple[People, KeypointSet]:
     Raises:
         InputError: The file is no such JSON, lacks a key, or an entry has a wrong length.
     """
-    content = _json(file)
-    listed = _get(content, "images", file)
-    annotations = [a for a in _get(content, "annotations", file) if isinstance(a, dict)]
-    place = {_get(image, "id", file): n for n, image in enumerate(listed)}
+    content = read_object(file)
+    listed = member(content, "images", file)
+    annotations = [a for a in member(content, "annotations", file) if isinstance(a, dict)]
+    place = {member(image, "id", file): n for n, image in enumerate(listed)}
     photos = [
         Photo(
-            int(image["id"]), str(_get(image, "file_name", file)), int(_get(image, "width", file)),
-            int(_get(image, "height", file)), folder / str(image["file_name"]),
+            int(image["id"]), str(member(image, "file_name", file)),
+            int(member(image, "width", file)), int(member(image, "height", file)),
+            folder / str(image["file_name"]),
         )
         for image in listed
     ]  # fmt: skip
@@ -194,9 +190,9 @@ def read_boxes(file: Path, people: People) -> People:
         raise InputError(f"{file}: not a list of detections")
     place = {photo.id: n for n, photo in enumerate(people.photos)}
     rows = [
-        (place[d["image_id"]], _box(d, file), float(_get(d, "score", file)))
+        (place[d["image_id"]], _box(d, file), float(member(d, "score", file)))
         for d in content
-        if _get(d, "image_id", file) in place and d.get("category_id", 1) == 1
+        if member(d, "image_id", file) in place and d.get("category_id", 1) == 1
     ]
     photo, boxes, scores = zip(*rows, strict=True) if rows else ((),) * 3
     wide = np.array(boxes, np.float64).reshape(len(rows), 4)
@@ -213,7 +209,7 @@ def _person(
     file: Path,
 ) -> tuple[int, list[float], np.ndarray, float, bool]:  # fmt: skip
     source = f"{file}: annotation {entry.get('id', '?')}"
-    image = _get(entry, "image_id", file)
+    image = member(entry, "image_id", file)
     if image not in place:
         raise InputError(f"{source} is of image {image}, not listed")
     box = _box(entry, file)
@@ -231,7 +227,7 @@ def _person(
 
 
 def _box(entry: Any, file: Path) -> list[float]:
-    box = _get(entry, "bbox", file)
+    box = member(entry, "bbox", file)
     if not isinstance(box, list) or len(box) != 4:
         raise InputError(f"{file}: bbox {box} is not [x, y, width, height]")
     return [float(v) for v in box]
@@ -247,7 +243,7 @@ def _check(people: People, file: Path) -> None:
 
 
 def _named(content: dict[str, Any], file: Path) -> KeypointSet:
-    categories = [c for c in _get(content, "categories", file) if isinstance(c, dict)]
+    categories = [c for c in member(content, "categories", file) if isinstance(c, dict)]
     named = [c for c in categories if c.get("keypoints")]
     if len(named) != 1:
         raise InputError(f"{file}: {len(named)} categories name key points, needs one")
@@ -256,21 +252,3 @@ def _named(content: dict[str, Any], file: Path) -> KeypointSet:
         return by_names([str(n) for n in named[0]["keypoints"]], bones)
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{file}: not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{file}: not COCO's format: expected an object")
-    return content
-
-
-def _get(entry: Any, key: str, file: Path) -> Any:
-    if not isinstance(entry, dict) or key not in entry:
-        raise InputError(f"{file}: not COCO's format: '{key}' is missing")
-    return entry[key]
