@@ -47,6 +47,33 @@ def align(moving: Tensor, fixed: Tensor, weight: Tensor) -> Tensor:
         return a @ rotation + to_centre
 
 
+def nearest_order(x: Tensor, target: Tensor, mask: Tensor, orders: Tensor) -> Tensor:
+    """The target with equivalent atoms exchanged so that it lies nearest to the prediction.
+
+    Args:
+        x: Predicted coordinates (B, A, 3), Å; no gradient flows through the choice.
+        target: True coordinates (B, A, 3), Å.
+        mask: Which atoms are resolved (B, A).
+        orders: Orders of the atoms that are the same molecule (B, K, A).
+
+    Returns:
+        (B, A, 3), Å.
+
+    Example:
+        >>> x = torch.tensor([[[0.0, 0, 0], [1, 0, 0]]])
+        >>> nearest_order(x, x.flip(1), torch.ones(1, 2), torch.tensor([[[0, 1], [1, 0]]])).equal(x)
+        True
+    """
+    with torch.no_grad():
+        here = mask[..., None]
+        # |x - y|² over the orders differs in x · y alone, a matrix product for each sample.
+        like = (x * here) @ (target * here).mT
+        places = orders.mT  # (B, A, K)
+        best = like.gather(2, places).sum(1).argmax(1)
+        chosen = orders[torch.arange(len(orders), device=orders.device), best]
+    return target.gather(1, chosen[..., None].expand_as(target))
+
+
 def pose_mse(x: Tensor, target: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
     """Weighted squared error of the atoms, for each sample: ``1/3 Σ w m |x̂ - x|² / Σ m``.
 

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from cohobate.core.training.schedules import Schedule, Step
 from cohobate.docking.aurobind import losses, structure
 from cohobate.docking.aurobind.diffusion import Noise
 from cohobate.docking.aurobind.heads import PairRows
+from cohobate.docking.aurobind.average import MovingAverage
 from cohobate.docking.aurobind.network import StructureModel, Symmetry
 from cohobate.docking.aurobind.student import FastStudent, Score
 from cohobate.docking.aurobind.targets import Answers, answers_of
@@ -63,9 +65,13 @@ class AuroBind(DistillModule):
         symmetry: Of the pose diffusion: ``augment`` as published, or exactly equivariant ``e3``.
         noise: Noise levels.
         draws: Noise levels for each pass of the trunk.
+        diffusion: Weight of the diffusion loss.
         distogram: Weight of the distogram loss.
         confidence: Weight of the confidence loss.
         confidence_every: Steps from one confidence loss to the next; it needs a roll-out.
+        average: Decay of the weights' moving average in the structure stages, after a warm-up of
+            ``(1 + k) / (10 + k)``; poses are sampled with the average, and it goes into the next
+            stage.
         sample_steps: Steps of the sampler.
         poses: Poses sampled for each complex in the test.
         keep: Which self-labels are used.
@@ -113,9 +119,11 @@ class AuroBind(DistillModule):
         symmetry: Symmetry = "augment",
         noise: Noise = Noise(),
         draws: int = 4,
+        diffusion: float = 4.0,
         distogram: float = 0.03,
-        confidence: float = 0.01,
+        confidence: float = 1e-4,
         confidence_every: int = 4,
+        average: float = 0.999,
         sample_steps: int = 20,
         poses: int = 1,
         keep: structure.Keep = structure.Keep(),
@@ -139,7 +147,8 @@ class AuroBind(DistillModule):
         warmup: int = 50,
     ) -> None:
         weights: dict[str, float | Schedule] = {
-            "bond": Step([0.0, 1.0], [2 / 3]), "distogram": distogram, "confidence": confidence,
+            "diffusion": diffusion, "bond": Step([0.0, diffusion], [2 / 3]),
+            "distogram": distogram, "confidence": confidence,
             "mse": mse_anchor if stage == "preference" else 1.0, "hidden": alpha,
         }  # fmt: skip
         super().__init__(distill=distill, weights=weights)
@@ -155,7 +164,8 @@ class AuroBind(DistillModule):
             else None
         )
         self.stage, self.draws, self.sample_steps, self.poses = stage, draws, sample_steps, poses
-        self.confidence_every, self.keep, self.smoothness = confidence_every, keep, smoothness
+        self.average, self.confidence_every = average, confidence_every
+        self.keep, self.smoothness = keep, smoothness
         self.preference, self.tau, self.ties = preference, tau, ties
         self.confidence_weight, self.beta, self.margin = confidence_weight, beta, margin
         self.centroids, self.label_mix, self.lr, self.warmup = centroids, label_mix, lr, warmup
@@ -215,6 +225,10 @@ class AuroBind(DistillModule):
             torch.zeros(1, BITS), torch.ones(1, ELEMENTS), torch.zeros(1, POCKET_CHANNELS),
             torch.zeros(1, prior),
         )  # fmt: skip
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """The moving average of the structure stages."""
+        return [MovingAverage(self.average)] if self.stage in ("structure", "self-distil") else []
 
     def configure_optimizers(self) -> Any:
         """Adam with warm-up, then a cosine to zero."""

@@ -19,7 +19,7 @@ from cohobate.docking.aurobind.heads import (
     FitnessHead,
     PairRows,
 )
-from cohobate.docking.aurobind.pairformer import PairformerStack
+from cohobate.docking.aurobind.pairformer import PairformerStack, attention
 from cohobate.docking.data.features import ELEMENTS, TOPOLOGY, Batch
 
 Symmetry = Literal["augment", "e3"]
@@ -29,7 +29,9 @@ RADIAL = 24
 def radial(distance: Tensor) -> Tensor:
     """24 Gaussians of distances (...,), centres 0 to 16 Å, width 0.7 Å: (..., 24)."""
     centres = torch.linspace(0, 16, RADIAL, device=distance.device, dtype=distance.dtype)
-    return (-((distance[..., None] - centres) / 0.7).square() / 2).exp()
+    away = distance[..., None] - centres
+    # In place: this is the largest tensor of a training step.
+    return (away * away).mul_(-0.5 / 0.7**2).exp_()
 
 
 class Embedding(NamedTuple):
@@ -119,8 +121,7 @@ class _Block(nn.Module):
         gain, shift, gain2, shift2 = self.scale(level)[:, None].chunk(4, -1)
         x = self.norm(h) * (1 + gain) + shift
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        found = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        h = h + self.out(found.transpose(1, 2).flatten(-2))
+        h = h + self.out(attention(q, k, v, bias).transpose(1, 2).flatten(-2))
         x = self.norm2(h) * (1 + gain2) + shift2
         gate, value = self.up(x).chunk(2, -1)
         return h + self.down(F.silu(gate) * value)
@@ -175,7 +176,7 @@ class PoseDiffusion(nn.Module):
         Args:
             x: Noisy coordinates (B, A, 3) in the pocket frame, Å.
             t: Noise levels (B, 1, 1), Å.
-            known: The trunk's answer.
+            known: The trunk's answer for each of them, or for each of so many neighbours in a row.
             ca: Cα positions (B, P, 3), Å.
             side: Centroids of side chains (B, P, 3), Å.
         """
@@ -188,36 +189,46 @@ class PoseDiffusion(nn.Module):
         near = torch.cat((radial(_far(points, points)), radial(_far(points, others))), -1)
         angle = 2 * torch.pi * (t.flatten(1) / self.noise.sigma_data).log() / 4 * self.frequency
         level = self.level(torch.cat((angle.sin(), angle.cos()), -1))
-        h = self.token(known.s) + self.kind(known.ligand.long()) + level[:, None]
+        draws = len(x) // len(known.s)
+        mask, ligand = (v.repeat_interleave(draws, 0) for v in (known.mask, known.ligand))
+        token = self.token(known.s) + self.kind(known.ligand.long())
+        h = token.repeat_interleave(draws, 0) + level[:, None]
         if self.symmetry == "augment":
             own = torch.cat((ca / self.noise.sigma_data, scaled), 1)
             h = h + self.place(own)
-        closed = (known.mask[:, None, None, :] - 1) * 1e9
-        bias = (self.pair_bias(known.z) + self.near(near)).permute(0, 3, 1, 2) + closed
+        closed = (mask[:, None, None, :] - 1) * 1e9
+        pairs = self.pair_bias(known.z).repeat_interleave(draws, 0)
+        bias = (pairs + self.near(near)).permute(0, 3, 1, 2) + closed
         for block in self.blocks:
             h = block(h, bias, level)
         h = self.norm(h)
         update = (
             self.move(h[:, count:])
             if self.symmetry == "augment"
-            else self._pull(h, known, near, points, others, count)
+            else self._pull(h, known.z, mask, near, points, others, count)
         )
         return self.noise.combine(x, update, t)
 
     def _pull(
-        self, h: Tensor, known: Embedding, near: Tensor, points: Tensor, others: Tensor, count: int
+        self,
+        h: Tensor,
+        z: Tensor,
+        mask: Tensor,
+        near: Tensor,
+        points: Tensor,
+        others: Tensor,
+        count: int,
     ) -> Tensor:
         """Sum of vectors to all other points, each with an invariant weight."""
         q = self.pull_q(h[:, count:]).unflatten(-1, (2, -1)).transpose(1, 2)
         k = self.pull_k(h).unflatten(-1, (2, -1)).transpose(1, 2)
         weight = q @ k.mT / q.shape[-1] ** 0.5
-        weight = weight + (self.pull_pair(known.z) + self.pull_near(near))[:, count:].permute(
-            0, 3, 1, 2
-        )
-        weight = weight * known.mask[:, None, None, :]
+        pairs = self.pull_pair(z[:, count:]).repeat_interleave(len(h) // len(z), 0)
+        weight = weight + (pairs + self.pull_near(near[:, count:])).permute(0, 3, 1, 2)
+        weight = weight * mask[:, None, None, :]
         x = points[:, count:]
         total = self.own(h[:, count:]) * x / self.noise.sigma_data
-        number = known.mask.sum(1)[:, None, None]
+        number = mask.sum(1)[:, None, None]
         for channel, place in enumerate((points, others)):
             vector = x[:, :, None] - place[:, None]
             unit = vector / ((vector.square().sum(-1, keepdim=True) + 1e-8).sqrt() + 1)

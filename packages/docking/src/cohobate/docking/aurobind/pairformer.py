@@ -17,6 +17,22 @@ def _linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=bias)
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Softmax attention (..., heads, N, C) with an additive bias (..., heads, N, N).
+
+    On a CPU in training PyTorch has no fused kernel for a bias that needs a gradient, and what it
+    does instead looks for rows without any key; a bias is finite here.
+    """
+    if q.device.type == "cpu" and bias.requires_grad:
+        return ((q / q.shape[-1] ** 0.5) @ k.mT + bias).softmax(-1) @ v
+    bias = bias.expand(*q.shape[:-1], k.shape[-2])
+    # Four axes: with more, PyTorch's fused kernels are passed over.
+    found = F.scaled_dot_product_attention(
+        *(x.flatten(0, -4) for x in (q, k, v)), attn_mask=bias.flatten(0, -4)
+    )
+    return found.view(*q.shape[:-1], v.shape[-1])
+
+
 class TriangleMultiplication(nn.Module):
     """Update of each pair from the pairs it makes a triangle with, by products.
 
@@ -64,12 +80,7 @@ class _Attention(nn.Module):
             layer(x).unflatten(-1, (self.heads, -1)).transpose(-2, -3)
             for layer in (self.linear_q, self.linear_k, self.linear_v)
         )
-        bias = bias.expand(*q.shape[:-1], -1)
-        # Four axes: with more, PyTorch's fused kernels are passed over.
-        q, k, v, bias = (x.flatten(0, -4) for x in (q, k, v, bias))
-        found = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).view(
-            *x.shape[:-2], *q.shape[-3:]
-        )
+        found = attention(q, k, v, bias)
         return self.linear_o(found.transpose(-2, -3).flatten(-2) * torch.sigmoid(self.linear_g(x)))
 
 

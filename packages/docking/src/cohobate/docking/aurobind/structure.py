@@ -74,6 +74,7 @@ def structure_terms(
 ) -> dict[str, Tensor]:
     """The terms of stage 1 on a batch whose poses are known.
 
+    Of a ligand's equivalent atoms each takes the place that is nearest to where it was predicted.
     ``diffusion`` is ``w(t) L_mse + L_slddt`` and ``bond`` is ``w(t) L_bond``, means over several
     noise levels for one pass of the trunk.
 
@@ -85,9 +86,9 @@ def structure_terms(
         turn: Whether each is turned at random.
     """
     noise = model.diffusion.noise
-    repeated = known.repeat(draws)
-    ca, side, pose, mask, bonds = (
-        batch[k].repeat_interleave(draws, 0) for k in ("ca", "side", "pose", "atom_mask", "bond")
+    ca, side, pose, mask, bonds, same = (
+        batch[k].repeat_interleave(draws, 0)
+        for k in ("ca", "side", "pose", "atom_mask", "bond", "same")
     )
     pose = torch.nan_to_num(pose)
     if turn:
@@ -95,7 +96,8 @@ def structure_terms(
         ca, side, pose = ca @ rotation, side @ rotation, pose @ rotation
     t = noise.draw(len(pose)).to(pose)[:, None, None]
     noisy = (pose + t * torch.randn_like(pose)) * mask[..., None]
-    x = model.diffusion(noisy, t, repeated, ca, side)
+    x = model.diffusion(noisy, t, known, ca, side)
+    pose = losses.nearest_order(x, pose, mask, same)
     weight = losses.edm_weight(t.flatten(), noise.sigma_data)
     mse = losses.pose_mse(x, pose, mask)
     smooth = losses.smooth_lddt(
@@ -144,14 +146,13 @@ def roll_out(
     """Sample poses (B, count, A, 3) in the pocket frame; noise comes from the CPU's generator."""
     noise = model.diffusion.noise.ode() if ode else model.diffusion.noise
     levels = noise.schedule(steps)
-    repeated = known.repeat(count)
     ca, side, mask = (batch[k].repeat_interleave(count, 0) for k in ("ca", "side", "atom_mask"))
 
     def normal(_: int = 0) -> Tensor:
         return torch.randn((*mask.shape, 3), generator=generator).to(ca) * mask[..., None]
 
     x = diffusion.sample(
-        lambda x, t: model.diffusion(x, t, repeated, ca, side), normal(), levels, noise,
+        lambda x, t: model.diffusion(x, t, known, ca, side), normal(), levels, noise,
         added=normal, steps=progress,
     )  # fmt: skip
     return (x * mask[..., None]).unflatten(0, (-1, count))

@@ -77,6 +77,26 @@ def ligand_features(molecule: Chem.Mol) -> Batch:
     }
 
 
+def automorphisms(molecule: Chem.Mol, most: int = 1000) -> np.ndarray:
+    """Orders of the atoms that are the same molecule (K, A); without a pose, as it is (1, A).
+
+    Args:
+        molecule: Without hydrogens.
+        most: At most so many.
+
+    Example:
+        >>> posed = Chem.MolFromMolBlock(Chem.MolToMolBlock(Chem.MolFromSmiles("CC(F)F")))
+        >>> sorted(automorphisms(posed).tolist())
+        [[0, 1, 2, 3], [0, 1, 3, 2]]
+    """
+    if not molecule.GetNumConformers():
+        return np.arange(molecule.GetNumAtoms())[None]
+    found = molecule.GetSubstructMatches(
+        molecule, uniquify=False, useChirality=True, maxMatches=most
+    )
+    return np.array(found, dtype=np.int64)
+
+
 def pocket_features(pocket: Pocket) -> Batch:
     """A pocket in its own frame: residue (P,), ca and side (P, 3), embedding (POCKET_CHANNELS,).
 
@@ -126,6 +146,7 @@ class Complex:
             **ligand_features(self.molecule),
             **pocket_features(self.pocket),
             "pose": torch.from_numpy(pose).float(),
+            "same": torch.from_numpy(automorphisms(self.molecule)),
             "label": torch.tensor(self.label, dtype=torch.float32),
             "sigma": torch.tensor(self.weight, dtype=torch.float32),
             "bits": torch.from_numpy(fingerprint(self.molecule)).float(),
@@ -145,7 +166,12 @@ def collate(samples: Sequence[Batch]) -> Batch:
     batch: Batch = {}
     for key in samples[0]:
         values = [sample[key] for sample in samples]
-        if key in _SQUARE:
+        if key == "same":  # ragged both ways: orders are repeated, atoms that are not there stay
+            size, most = max(v.shape[1] for v in values), max(len(v) for v in values)
+            batch[key] = torch.arange(size).repeat(len(values), most, 1)
+            for row, v in zip(batch[key], values, strict=True):
+                row[:, : v.shape[1]] = v[torch.arange(most) % len(v)]
+        elif key in _SQUARE:
             size = max(len(v) for v in values)
             padded = [torch.nn.functional.pad(v, (0, size - len(v)) * 2) for v in values]
             batch[key] = torch.stack(padded)
