@@ -1,7 +1,7 @@
 """What the student saves, what each stage adds, and tables of labelled libraries.
 
     python tests/benchmarks/docking/bench_aurobind.py speed
-    python tests/benchmarks/docking/bench_aurobind.py stages WORK [--root DIR] [--longer N]
+    python tests/benchmarks/docking/bench_aurobind.py stages WORK [--root DIR] [--by ligand]
     python tests/benchmarks/docking/bench_aurobind.py dude DATA TABLE
 
 ``speed``: seconds are those of the process for one molecule and one core: a new molecule from its
@@ -10,9 +10,9 @@ model, a pose by AutoDock Vina (where it is installed) at its own exhaustiveness
 
 ``stages`` trains the default recipe and its variants in ``WORK/seed-<n>`` and puts them side by
 side, seed by seed; what is finished is kept, so that ``WORK`` may be the folder ``distilled`` of
-``cohobate compare docking/aurobind``. ``--root`` takes other complexes, split by protein, and
-``--longer`` trains every stage so many times as long. ``--collect`` trains nothing and puts
-together what is there.
+``cohobate compare docking/aurobind``. ``--root`` takes other complexes, split by protein or, with
+``--by ligand``, inside proteins, and ``--longer`` trains every stage so many times as long.
+``--collect`` trains nothing and puts together what is there.
 
 ``dude`` writes the table that ``cohobate-docking retrospective`` reads, for the DUD-E libraries and
 the FEP benchmark's complexes in one folder.
@@ -28,8 +28,9 @@ import shutil
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("table", type=Path, nargs="?")
     parser.add_argument("--root", type=Path)
+    parser.add_argument("--by", choices=["ligand", "protein"], default="protein")
     parser.add_argument("--longer", type=int, default=1)
     parser.add_argument("--collect", action="store_true", help="train nothing")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
@@ -76,7 +78,8 @@ def main() -> None:
         name, rows = "bench-aurobind", throughput(data)
     else:
         name = "bench-aurobind-stages"
-        rows = stages(asked.folder, asked.seeds, asked.root, asked.longer, not asked.collect)
+        other = None if asked.root is None else Other(asked.root, asked.by)
+        rows = stages(asked.folder, asked.seeds, other, asked.longer, not asked.collect)
     words = shlex.join(str(word).replace(f"{ROOT}/", "") for word in sys.argv)
     out = asked.out or RESULTS / f"{name}.json"
     write_rows(out, words, ("torch", "rdkit", "cohobate-docking"), rows)
@@ -167,40 +170,53 @@ def placements(data: ComplexData) -> list[dict[str, str]]:
     ]
 
 
-BY_PROTEIN = [
-    "--data.split.by=protein", "--data.split.val=0.1", "--data.split.test=0.2",
-    "--data.max_atoms=30", "--data.lists.size=8",
-]  # fmt: skip
+@dataclass(frozen=True)
+class Other:
+    """Complexes beside the embedded ones, of molecules of at most 30 heavy atoms."""
+
+    root: Path
+    by: Literal["ligand", "protein"] = "protein"
+
+    def data(self) -> ComplexData:
+        """Them, as the options read them."""
+        return ComplexData(
+            root=self.root, max_residues=24, max_atoms=30, split=Split(self.by, *SHARES)
+        )
+
+    def options(self) -> list[str]:
+        """Of the command."""
+        val, test = SHARES
+        return [
+            f"--data.root={self.root}", f"--data.split.by={self.by}", f"--data.split.val={val}",
+            f"--data.split.test={test}", "--data.max_atoms=30", "--data.lists.size=8",
+        ]  # fmt: skip
 
 
-def by_protein(root: Path) -> ComplexData:
-    """The same as the options above."""
-    return ComplexData(root=root, max_residues=24, max_atoms=30, split=Split("protein", 0.1, 0.2))
+SHARES = 0.1, 0.2
 
 
 def stages(
-    work: Path, seeds: list[int], root: Path | None, longer: int, train: bool
+    work: Path, seeds: list[int], other: Other | None, longer: int, train: bool
 ) -> list[dict[str, str]]:
     """Every stage and its variants over seeds, with paired differences."""
     found: dict[str, dict[int, dict[str, float]]] = {}
     for seed in seeds:
         if train:
-            fit(work, seed, root, longer)
+            fit(work, seed, other, longer)
         for path in sorted((work / f"seed-{seed}").glob("*/run.json")):
             info = json.loads(path.read_text())
             if info["status"] == "finished":
                 found.setdefault(info["stage"], {})[seed] = info["test"]
-    data = ComplexData(max_residues=24) if root is None else by_protein(root)
+    data = ComplexData(max_residues=24) if other is None else other.data()
     data.setup()
     return [row("data", data.describe(), ""), *placements(data), *compared(found)]
 
 
-def fit(work: Path, seed: int, root: Path | None, longer: int) -> None:
+def fit(work: Path, seed: int, other: Other | None, longer: int) -> None:
     """Train what is not finished."""
-    recipe, folder = variants(work, longer, 100 if root is None else 20), work / f"seed-{seed}"
+    recipe, folder = variants(work, longer, 100 if other is None else 20), work / f"seed-{seed}"
     args = ["--trainer.enable_progress_bar=false", f"--seed_everything={seed}"]
-    if root is not None:
-        args += [f"--data.root={root}", *BY_PROTEIN]
+    args += [] if other is None else other.options()
     runs.fit(catalog.Recipe(recipe.paper, recipe.name, recipe.stages[:-1]), args, out=folder)
     # The student of labels alone has the same teacher's priors: not computed a second time.
     (folder / "5-labels").mkdir(exist_ok=True)
@@ -285,7 +301,7 @@ def model(options: dict[str, Any]) -> dict[str, Any]:
 
 def dude(data: Path, table: Path) -> None:
     """The table for ``cohobate-docking retrospective``, grouped by whether training saw it."""
-    complexes = by_protein(data / "fep_complexes")
+    complexes = Other(data / "fep_complexes").data()
     complexes.setup()
     seen = {complexes.data.complexes[i].target for i in complexes.parts["train"]}
     with (data / "dude" / "targets.csv").open() as file, table.open("w", newline="") as out:

@@ -6,12 +6,15 @@ import math
 
 import pytest
 import torch
+from rdkit import Chem
+from rdkit.Chem import AllChem
 from torch.autograd import gradcheck
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 from cohobate.docking.aurobind import losses
 from cohobate.docking.aurobind.diffusion import random_rotations
+from cohobate.docking.data.features import automorphisms, collate
 
 EXACT = {"rtol": 1e-8, "atol": 1e-8}
 
@@ -48,6 +51,38 @@ def test_alignment_never_mirrors():
     turn = random_rotations(2, torch.Generator().manual_seed(2)).double()
     assert_close(losses.align(x @ turn.mT + 3, x, one), x, rtol=1e-6, atol=1e-6)
     assert not torch.allclose(losses.align(-x, x, one), x, atol=0.1)
+
+
+def test_equivalent_atoms_take_the_nearest_places():
+    molecule = Chem.MolFromSmiles("CC(C)(C)c1ccc(C(F)(F)F)cc1")
+    AllChem.Compute2DCoords(molecule)
+    small = Chem.MolFromSmiles("CCO")
+    AllChem.Compute2DCoords(small)
+    orders = [automorphisms(m) for m in (molecule, small)]
+    assert [len(o) for o in orders] == [72, 1]  # 3! turns and swaps of each group, and the ring's
+    batch = collate(
+        [
+            {
+                "same": torch.from_numpy(o),
+                "element": torch.zeros(o.shape[1]),
+                "residue": torch.zeros(1),
+            }
+            for o in orders
+        ]
+    )
+    true = torch.randn(2, molecule.GetNumAtoms(), 3, dtype=torch.float64)
+    mask = torch.ones(true.shape[:2], dtype=torch.float64)
+    mask[1, 3:] = 0
+    swapped = true.clone()
+    swapped[0] = true[0, torch.from_numpy(orders[0][41])]
+    close = (swapped + 1e-3 * torch.randn_like(true)).requires_grad_()
+    found = losses.nearest_order(close, true, mask, batch["same"])
+    assert_close(found, swapped, rtol=0, atol=0)
+    assert not found.requires_grad
+    every = [
+        (close[0] - true[0, torch.from_numpy(order)]).square().sum().item() for order in orders[0]
+    ]
+    assert (close[0] - found[0]).square().sum().item() == pytest.approx(min(every))
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])

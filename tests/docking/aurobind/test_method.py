@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from rdkit import Chem, RDConfig
+from torch.optim.swa_utils import AveragedModel
 
 from cohobate.core.errors import InputError
-from cohobate.core.io import load_weights
+from cohobate.core.io import load_checkpoint, load_weights
 from cohobate.core.testing import (
+    assert_equal,
     assert_export_round_trip,
     assert_one_line,
     assert_recipe_parses,
+    assert_same_run,
     assert_student_only,
     recipes,
     run_command,
 )
 from cohobate.docking.aurobind import AuroBind, Keep, structure
+from cohobate.docking.aurobind.average import MovingAverage
 from cohobate.docking.data import ComplexData, Lists
 from cohobate.docking.data.molecules import Problems, read
 from cohobate.docking.data.prepare import choose
@@ -139,6 +144,54 @@ def test_the_fitness_head_starts_near_the_labels(run):
     lines = (run / "3-fitness" / "metrics.csv").read_text().splitlines()
     first = dict(zip(lines[0].split(","), lines[1].split(","), strict=True))
     assert float(first["train/mse"]) < 3, "from 0 the squared error of a pK of 5.5 is 30"
+
+
+@pytest.mark.parametrize("stage", ["1-structure", "3-fitness", "5-student"])
+def test_a_run_that_stopped_ends_the_same(run, fit, stage, tmp_path, monkeypatch):
+    out = tmp_path / "stopped"
+    for earlier in sorted(p for p in run.iterdir() if p.name < stage):
+        shutil.copytree(earlier, out / earlier.name)
+    original = AuroBind.forward_train
+
+    def forward_train(self, batch):
+        if self.global_step == 1:
+            raise RuntimeError("power cut")
+        return original(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AuroBind, "forward_train", forward_train)
+        with pytest.raises(RuntimeError, match="power cut"):
+            fit(out, "--checkpoint_steps=1", last=stage)
+    fit(out, last=stage)
+    assert_same_run(out / stage, run / stage)
+    a, b = (load_checkpoint(f / stage / "last.ckpt") for f in (out, run))
+    for key in ("current_model_state", "averaging_state"):
+        assert (key in a) == (stage == "1-structure")
+        assert_equal(a.get(key, {}), b.get(key, {}), key)
+
+
+def test_poses_come_from_the_average_of_the_weights(run):
+    kept = load_checkpoint(run / "1-structure" / "last.ckpt")
+    average, current = kept["state_dict"], kept["current_model_state"]
+    moved = {k for k in average if not torch.equal(average[k], current[k])}
+    assert {k.split(".")[1] for k in moved} >= {"trunk", "diffusion", "distogram"}
+
+
+def test_the_average_starts_fast_and_never_lags_further_than_its_decay():
+    network = torch.nn.Linear(1, 1, bias=False)
+    callback = MovingAverage(decay=0.3)
+    kept = AveragedModel(network, use_buffers=False, **callback._kwargs)
+    seen = []
+    for value in (0.0, 1.0, 1.0, 1.0, 1.0):
+        torch.nn.init.constant_(network.weight, value)
+        kept.update_parameters(network)
+        seen.append(kept.module.weight.item())
+    # The first is a copy; after it step k keeps (1 + k) / (10 + k) of the old, at most 0.3.
+    old, expected = 0.0, [0.0]
+    for k in range(1, 5):
+        old = 1 + min(0.3, (1 + k) / (10 + k)) * (old - 1)
+        expected.append(old)
+    assert seen == pytest.approx(expected)
 
 
 # --- self-distillation -----------------------------------------------------------------------

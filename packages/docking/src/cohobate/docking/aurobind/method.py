@@ -16,10 +16,10 @@ from cohobate.core.errors import InputError
 from cohobate.core.module import DistillModule
 from cohobate.core.training.schedules import Schedule, Step
 from cohobate.docking.aurobind import losses, structure
+from cohobate.docking.aurobind.average import MovingAverage
 from cohobate.docking.aurobind.diffusion import Noise
 from cohobate.docking.aurobind.heads import PairRows
-from cohobate.docking.aurobind.average import MovingAverage
-from cohobate.docking.aurobind.network import StructureModel, Symmetry
+from cohobate.docking.aurobind.network import Embedding, StructureModel, Symmetry
 from cohobate.docking.aurobind.student import FastStudent, Score
 from cohobate.docking.aurobind.targets import Answers, answers_of
 from cohobate.docking.aurobind.teachers import (
@@ -68,11 +68,12 @@ class AuroBind(DistillModule):
         diffusion: Weight of the diffusion loss.
         distogram: Weight of the distogram loss.
         confidence: Weight of the confidence loss.
-        confidence_every: Steps from one confidence loss to the next; it needs a roll-out.
+        confidence_share: Share of each batch that has a confidence loss; it needs a roll-out.
         average: Decay of the weights' moving average in the structure stages, after a warm-up of
             ``(1 + k) / (10 + k)``; poses are sampled with the average, and it goes into the next
             stage.
         sample_steps: Steps of the sampler.
+        ode: Whether the test's sampler adds no noise on the way.
         poses: Poses sampled for each complex in the test.
         keep: Which self-labels are used.
         smoothness: λ of the gradient penalty in ``fitness``.
@@ -122,9 +123,10 @@ class AuroBind(DistillModule):
         diffusion: float = 4.0,
         distogram: float = 0.03,
         confidence: float = 1e-4,
-        confidence_every: int = 4,
+        confidence_share: float = 0.25,
         average: float = 0.999,
         sample_steps: int = 20,
+        ode: bool = False,
         poses: int = 1,
         keep: structure.Keep = structure.Keep(),
         smoothness: float = 0.0,
@@ -163,8 +165,9 @@ class AuroBind(DistillModule):
             if stage == "student"
             else None
         )
-        self.stage, self.draws, self.sample_steps, self.poses = stage, draws, sample_steps, poses
-        self.average, self.confidence_every = average, confidence_every
+        self.stage, self.draws, self.poses = stage, draws, poses
+        self.sample_steps, self.ode = sample_steps, ode
+        self.average, self.confidence_share = average, confidence_share
         self.keep, self.smoothness = keep, smoothness
         self.preference, self.tau, self.ties = preference, tau, ties
         self.confidence_weight, self.beta, self.margin = confidence_weight, beta, margin
@@ -336,10 +339,11 @@ class AuroBind(DistillModule):
         turn = self.network.diffusion.symmetry == "augment"
         terms = structure.structure_terms(self.network, batch, outputs, self.draws, turn)
         terms["distogram"] = structure.distogram_term(self.network, batch, outputs)
-        if self.global_step % self.confidence_every == 0:
-            terms["confidence"] = structure.confidence_term(
-                self.network, batch, outputs, self.sample_steps
-            )
+        some = max(round(self.confidence_share * len(batch["label"])), 1)
+        terms["confidence"] = structure.confidence_term(
+            self.network, {k: v[:some] for k, v in batch.items()},
+            Embedding(*(v[:some] for v in outputs)), self.sample_steps,
+        )  # fmt: skip
         return terms
 
     def _preference(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
@@ -419,7 +423,7 @@ class AuroBind(DistillModule):
             self._collect(batch)
             return
         x, scores = structure.best_poses(
-            self.network, batch, self.poses, self.sample_steps, seed=batch_idx
+            self.network, batch, self.poses, self.sample_steps, seed=batch_idx, ode=self.ode
         )
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         for row, place in enumerate(batch["index"].tolist()):

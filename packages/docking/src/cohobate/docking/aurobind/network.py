@@ -190,7 +190,7 @@ class PoseDiffusion(nn.Module):
         angle = 2 * torch.pi * (t.flatten(1) / self.noise.sigma_data).log() / 4 * self.frequency
         level = self.level(torch.cat((angle.sin(), angle.cos()), -1))
         draws = len(x) // len(known.s)
-        mask, ligand = (v.repeat_interleave(draws, 0) for v in (known.mask, known.ligand))
+        mask = known.mask.repeat_interleave(draws, 0)
         token = self.token(known.s) + self.kind(known.ligand.long())
         h = token.repeat_interleave(draws, 0) + level[:, None]
         if self.symmetry == "augment":

@@ -140,10 +140,13 @@ def roll_out(
     steps: int,
     *,
     generator: torch.Generator | None = None,
-    ode: bool = True,
+    ode: bool = False,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Tensor:
-    """Sample poses (B, count, A, 3) in the pocket frame; noise comes from the CPU's generator."""
+    """Sample poses (B, count, A, 3) in the pocket frame; noise comes from the CPU's generator.
+
+    With ``ode`` no noise is added on the way.
+    """
     noise = model.diffusion.noise.ode() if ode else model.diffusion.noise
     levels = noise.schedule(steps)
     ca, side, mask = (batch[k].repeat_interleave(count, 0) for k in ("ca", "side", "atom_mask"))
@@ -188,7 +191,7 @@ def best_poses(
     steps: int,
     *,
     seed: int = 0,
-    ode: bool = True,
+    ode: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sampled poses (B, count, A, 3), best first by ranking score, with scores (B, count)."""
     known = model.trunk(batch)
@@ -217,7 +220,7 @@ def self_labels(
         k: [] for k in ("iptm", "ligand_ptm", "ligand_plddt", "ranking")
     }
     for batch in batches:
-        x, scores = best_poses(model, batch, keep.samples, keep.steps, seed=seed, ode=False)
+        x, scores = best_poses(model, batch, keep.samples, keep.steps, seed=seed)
         places += batch["index"].tolist()
         sizes = batch["atom_mask"].sum(1).long().tolist()
         found += [pose[0, :n].cpu() for pose, n in zip(x, sizes, strict=True)]

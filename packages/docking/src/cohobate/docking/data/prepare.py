@@ -26,9 +26,9 @@ _ORGANIC = {1, 6, 7, 8, 9, 16, 17, 35}
 
 def prepare(
     out: Path,
-    targets: list[str] = ["CDK2", "ESR1", "F10", "HSP90AA1"],  # noqa: B006 (read only)
+    targets: list[str] = ["ADRB2", "CDK2", "ESR1", "F10", "HSP90AA1", "PARP1"],  # noqa: B006 (read only)
     library: Path | None = None,
-    ligands: int = 23,
+    ligands: int = 60,
     exhaustiveness: int = 4,
     box: float | None = 20.0,
     seed: int = 0,
