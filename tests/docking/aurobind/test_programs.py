@@ -20,6 +20,7 @@ from rdkit import Chem
 from cohobate.core import catalog, runs
 from cohobate.core.errors import InputError
 from cohobate.core.io import load_weights
+from cohobate.core.recipes import read_config
 from cohobate.docking.aurobind import AuroBind
 from cohobate.docking.aurobind.programs import (
     AuroBindTeacher,
@@ -362,15 +363,17 @@ def test_options_that_do_not_fit_are_one_line(tmp_path):
 
 def test_the_student_is_fitted_to_a_program(root, tmp_path, on_path, monkeypatch):
     """The last stage alone, from an untrained structure model; stopped, it goes on."""
-    tiny = {"single": 8, "pair": 4, "trunk_blocks": 1, "width": 8, "diffusion_blocks": 1}
-    (tmp_path / "run" / "preference").mkdir(parents=True)
-    weights = AuroBind("preference", heads=2, symmetry="e3", **tiny).state_dict()
-    torch.save({"state_dict": weights}, tmp_path / "run" / "preference" / "best.ckpt")
+    tiny = {"single": 8, "pair": 4, "width": 8, "diffusion_blocks": 1, "heads": 2}
     recipe = catalog.find("docking/aurobind")
     recipe = replace(recipe, stages=recipe.stages[-1:])
+    settings = read_config(recipe.stages[0].path)["model"]["init_args"]
+    earlier = AuroBind(**{**settings, **tiny, "stage": "preference"})
+    (tmp_path / "run" / "preference").mkdir(parents=True)
+    path = tmp_path / "run" / "preference" / "best.ckpt"
+    torch.save({"state_dict": earlier.state_dict()}, path)
     answers = tmp_path / "answers"
     args = [
-        *(f"--model.{k}={v}" for k, v in tiny.items()), "--model.heads=2", "--model.hidden=6",
+        *(f"--model.{k}={v}" for k, v in tiny.items()), "--model.hidden=6",
         "--model.teacher_kind=boltz", f"--model.teacher_files={answers}",
         "--model.teacher_run=boltz predict", f"--data.root={root}", "--data.max_residues=6",
         "--data.unlabelled=1", "--data.epoch_samples=6", "--data.batch_size=3",
