@@ -11,7 +11,13 @@ from rdkit import Chem
 
 from cohobate.core.errors import InputError
 from cohobate.docking.data.molecules import Problems, largest_fragment, read, rows
-from cohobate.docking.data.receptors import crop, find_pocket, read_receptor
+from cohobate.docking.data.receptors import (
+    Chain,
+    crop,
+    find_pocket,
+    read_receptor,
+    with_chains,
+)
 from cohobate.docking.data.sources import embedded_folder, load
 from cohobate.docking.vina import Box
 
@@ -142,6 +148,57 @@ def test_a_glycine_has_its_side_chain_at_its_alpha_carbon(receptor):
     assert (np.linalg.norm(whole.side[~glycine] - whole.ca[~glycine], axis=1) > 0.5).all()
 
 
+def protein(chains: dict[str, list[str]], free: str = "") -> str:
+    """A mmCIF whose chains lie 100 Å apart; ``free`` is an amino acid beside the first."""
+    columns = "group_PDB id type_symbol label_atom_id label_alt_id label_comp_id label_asym_id "
+    columns += "label_entity_id label_seq_id Cartn_x Cartn_y Cartn_z auth_seq_id auth_asym_id"
+    lines = ["data_x", "loop_", *(f"_atom_site.{c}" for c in columns.split())]
+    rows = [
+        ("ATOM", residue, name, str(place + 1), str(number), 4.0 * number, 100.0 * place)
+        for place, (name, residues) in enumerate(chains.items())
+        for number, residue in enumerate(residues, 1)
+    ]
+    if free:
+        rows.append(("HETATM", free, next(iter(chains)), "9", ".", 8.0, 3.0))
+    for group, residue, chain, entity, number, x, y in rows:
+        own = f"{number if number != '.' else 901} {chain}"
+        label = chain if number != "." else "Z9"
+        lines += [
+            f"{group} 1 {atom[0]} {atom} . {residue} {label} {entity} {number} {x + dx} {y} 0 {own}"
+            for dx, atom in enumerate(("N", "CA", "C"))
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def test_the_whole_chains_that_line_a_pocket(tmp_path):
+    chains = {"AA": ["MET", "MSE", "HIE"], "AB": ["GLY", "UNK"], "B": ["TRP"]}
+    (tmp_path / "r.cif").write_text(protein(chains, free="GLU"))
+    structure = read_receptor(tmp_path / "r.cif")
+    near_two = np.array([[8.0, 1.0, 0.0], [4.0, 101.0, 0.0]])
+    pocket = find_pocket(structure, ligand=near_two, cutoff=4.5)
+    assert {n.split(":")[0] for n in pocket.names} == {"AA", "AB"}
+    assert pocket.chains == ()
+    whole = with_chains(structure, pocket)
+    assert whole.chains == (Chain("MMH"), Chain("GX"))
+    assert whole.nearest(whole.centre, 1).chains == whole.chains
+
+
+def test_a_sequence_has_what_was_not_resolved_where_the_file_knows_it(tmp_path):
+    atoms = "".join(
+        f"ATOM  {serial:5d} {name:^4} {residue} A{number:4d}    "
+        f"{4.0 * number + serial % 3:8.3f}   0.000   0.000  1.00  0.00           {name[0]}\n"
+        for number, residue in ((2, "CYX"), (4, "LYS"))
+        for serial, name in enumerate(("N", "CA", "C"), 3 * number)
+    )
+    pockets = []
+    for head in ("", "SEQRES   1 A    5  ALA CYS GLY LYS TYR\n"):
+        (tmp_path / "r.pdb").write_text(head + atoms + "TER\nEND\n")
+        structure = read_receptor(tmp_path / "r.pdb")
+        pocket = find_pocket(structure, residues=["A:2"])
+        pockets.append(with_chains(structure, pocket).chains)
+    assert pockets == [(Chain("CK"),), (Chain("ACGKY"),)]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("center_x = 1\n", "no number for"), ("", "no number for")],
@@ -174,6 +231,28 @@ def test_a_pdbbind_style_folder(tmp_path):
     (found,) = load(tmp_path, problems)
     assert (found.target, found.label) == ("1abc", 6.5)
     assert problems.lines() == ["2abc_protein.pdb: folder: no 2abc_ligand.sdf or .mol2"]
+    (chain,) = found.pocket.chains
+    assert len(chain.sequence) == len(read_receptor(source / f"{target}.pocket.pdb.gz")[0][0])
+
+
+def test_a_table_names_the_chains_of_targets(tmp_path):
+    for path in embedded_folder().glob("CDK2.*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert load(tmp_path, Problems())[0].pocket.chains == ()
+    (tmp_path / "a.a3m").write_text(">a\nMENF\n")
+    table = tmp_path / "sequences.csv"
+    table.write_text("target,sequence,msa\nCDK2,menf,a.a3m\nOther,M,\nCDK2,SKKN,\n")
+    found = load(tmp_path, Problems())
+    assert found[0].pocket.chains == (Chain("MENF", tmp_path / "a.a3m"), Chain("SKKN"))
+    assert len({id(c.pocket) for c in found}) == 1
+    for text, message in (
+        ("target,sequence\nCDK2,ME NF\n", "line 2: needs target and sequence, letters alone"),
+        ("target,chain\nCDK2,MENF\n", "line 2: needs target and sequence"),
+        ("target,sequence,msa\nCDK2,MENF,b.a3m\n", r"line 2: no alignment .*b\.a3m"),
+    ):
+        table.write_text(text)
+        with pytest.raises(InputError, match=message):
+            load(tmp_path, Problems())
 
 
 BINDINGDB = """\
@@ -199,6 +278,7 @@ def test_a_bindingdb_table(tmp_path):
     found = load(tmp_path, problems)
     assert [(c.name, c.label) for c in found] == [("11", 8.0), ("17", 8.0)]
     assert not found[0].molecule.GetNumConformers()
+    assert len(found[0].pocket.chains) == 1
     assert [line.split(": ", 2)[1] for line in problems.lines()] == ["line 4", "line 5", "line 6"]
     assert "IC50 (nM) >10000: not a value" in problems.lines()[0]
     assert found[0].features()["pose"].isnan().all()
@@ -219,6 +299,15 @@ def test_the_formats_of_real_files(real):
         for name in ("1iep_receptor.pdbqt.gz", "1iep_receptor_noH.cif.gz")
     ]
     assert abs(len(pockets[0].types) - len(pockets[1].types)) <= 2
+    chains = [
+        with_chains(read_receptor(real / "formats" / name), pocket).chains
+        for name, pocket in zip(
+            ("1iep_receptor.pdbqt.gz", "1iep_receptor_noH.cif.gz"), pockets, strict=True
+        )
+    ]
+    assert chains[0] == chains[1]
+    assert [len(c.sequence) for c in chains[0]] == [274]
+    assert "HRDLAARN" in chains[0][0].sequence
     found, bad = names(real / "formats" / "messy_library.smi")
     assert len(found) == 11
     assert len(bad) == 2

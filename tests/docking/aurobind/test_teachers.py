@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,14 +11,9 @@ import torch
 
 from cohobate.core.errors import InputError
 from cohobate.docking.aurobind.targets import answers_of
-from cohobate.docking.aurobind.teachers import (
-    BoltzTeacher,
-    FilesTeacher,
-    OpenFold3Teacher,
-    fitness_of,
-    name_of,
-)
+from cohobate.docking.aurobind.teachers import FilesTeacher, fitness_of, name_of
 from cohobate.docking.data import ComplexData
+from cohobate.docking.data.features import Complex
 
 
 @pytest.fixture(scope="module")
@@ -75,45 +71,34 @@ def test_the_prior_is_of_the_model_at_hand(data, files, tmp_path):
     assert found.prior.shape == (len(data.data), 2)
 
 
-def test_boltz_output_is_read_and_its_units_converted(data, tmp_path):
-    one = data.data.complexes[0]
-    name, atoms = name_of(one), one.molecule.GetNumAtoms()
-    tokens = np.arange((5 + atoms) * 3, dtype=np.float32).reshape(1, -1, 3)
-    folder = tmp_path / "boltz_results_x" / "predictions" / name
-    with pytest.raises(InputError, match=r"no such file; boltz predict .*uv tool install boltz"):
-        BoltzTeacher(tmp_path).one(one)
-    folder.mkdir(parents=True)
-    np.savez(folder / f"embeddings_{name}.npz", s=tokens, z=np.zeros((1, 2, 2, 1), np.float32))
-    with pytest.raises(InputError, match="no such file; boltz predict"):
-        BoltzTeacher(tmp_path).one(one)
-    content = {"affinity_pred_value": -1.5, "affinity_probability_binary": 0.9}
-    (folder / f"affinity_{name}.json").write_text(json.dumps(content))
-    for root in (tmp_path, tmp_path / "boltz_results_x"):
-        fitness, hidden = BoltzTeacher(root).one(one)
-        assert fitness == 7.5
-        wanted = np.concatenate((tokens[0, 5:].mean(0), tokens[0, :5].mean(0)))
-        torch.testing.assert_close(hidden, torch.from_numpy(wanted))
+def test_another_model_is_asked_about_what_is_learned_from_alone(data, files, tmp_path):
+    class Asked(FilesTeacher):
+        def answers(self, data, places):
+            self.places = list(places)
+            return super().answers(data, places)
 
-
-def test_openfold3_gives_states_and_another_the_fitness(data, tmp_path):
-    one = data.data.complexes[0]
-    name, atoms = name_of(one), one.molecule.GetNumAtoms()
-    teacher = OpenFold3Teacher(tmp_path, Constant())
-    with pytest.raises(InputError, match=r"no such file; run_openfold .*pip install openfold3"):
-        teacher.answers(data, [0])
-    folder = tmp_path / name / "seed_42"
-    folder.mkdir(parents=True)
-    state = {"si_trunk": torch.ones(1, 4 + atoms, 6), "zij_trunk": torch.zeros(1, 2, 2, 1)}
-    torch.save(state, folder / f"{name}_seed_42_latent_output.pt")
-    fitness, hidden = teacher.answers(data, [0])
-    assert fitness.tolist() == [7.0]
-    assert hidden.tolist() == [[1.0] * 12]
+    teacher = Asked(files)
+    found = answers_of(teacher, data, 3, tmp_path / "kept.safetensors", 8, Constant())
+    assert teacher.places == sorted(data.parts["train"])
+    held = [*data.parts["val"], *data.parts["test"]]
+    assert found.fitness[held].isnan().all()
+    assert found.hidden[held].isnan().all()
+    wanted = 5.0 + 0.01 * torch.tensor(teacher.places)
+    torch.testing.assert_close(found.fitness[teacher.places], wanted)
+    assert found.hidden[teacher.places].isfinite().all()
 
 
 def test_names_in_files_are_plain():
-    from types import SimpleNamespace
-
     assert name_of(SimpleNamespace(target="HIV1 protease", name="a:1/2")) == "HIV1_protease__a_1_2"
+
+
+def test_two_complexes_have_not_one_file(data, tmp_path):
+    first, second = data.data.complexes[:2]
+    twin = Complex("t", "a:1", first.molecule, first.pocket)
+    other = Complex("t", "a/1", second.molecule, second.pocket)
+    pair = SimpleNamespace(data=SimpleNamespace(complexes=[twin, other]))
+    with pytest.raises(InputError, match="t__a_1: two complexes would have files of this name"):
+        FilesTeacher(tmp_path).answers(pair, [0, 1])
 
 
 def test_the_answers_are_kept(data, files, tmp_path):
@@ -140,7 +125,11 @@ def test_missing_and_wrong_files_are_one_line(data, tmp_path):
     with pytest.raises(InputError, match="no such folder of teacher files"):
         FilesTeacher(tmp_path / "x")
     one = data.data.complexes[0]
-    with pytest.raises(InputError, match="no file for this complex"):
+    with pytest.raises(InputError, match=f"{name_of(one)}.npz: the teacher has no file for this"):
+        FilesTeacher(tmp_path).answers(data, [0])
+    path = tmp_path / f"{name_of(one)}.npz"
+    path.write_bytes(b"PK half of it")
+    with pytest.raises(InputError, match=r"\.npz: "):
         FilesTeacher(tmp_path).one(one)
     path = tmp_path / f"{one.target}__{one.name}.npz"
     np.savez(path, s=np.zeros((2, 4), np.float32))

@@ -20,20 +20,14 @@ from cohobate.docking.aurobind.average import MovingAverage
 from cohobate.docking.aurobind.diffusion import Noise
 from cohobate.docking.aurobind.heads import PairRows
 from cohobate.docking.aurobind.network import Embedding, StructureModel, Symmetry
+from cohobate.docking.aurobind.programs import Kind, teacher_of
 from cohobate.docking.aurobind.student import FastStudent, Score
 from cohobate.docking.aurobind.targets import Answers, answers_of
-from cohobate.docking.aurobind.teachers import (
-    BoltzTeacher,
-    CompactTeacher,
-    FilesTeacher,
-    OpenFold3Teacher,
-    Teacher,
-)
+from cohobate.docking.aurobind.teachers import CompactTeacher, Teacher
 from cohobate.docking.data.features import BITS, ELEMENTS, POCKET_CHANNELS, Batch
 from cohobate.docking.metrics import ranking
 
 log = logging.getLogger("cohobate")
-Kind = Literal["files", "boltz", "openfold3"]
 Stage = Literal["structure", "self-distil", "fitness", "preference", "student"]
 
 
@@ -91,7 +85,9 @@ class AuroBind(DistillModule):
         label_mix: Share of the measured label in what the student learns, where there is one.
         teacher_files: Folder of another model's answers, instead of the structure model's …
         teacher_kind: … and whose: ``files`` of any (`FilesTeacher`), or the output folder of
-            ``boltz`` or ``openfold3``.
+            ``boltz``, ``openfold3`` or ``aurobind``.
+        teacher_run: How that program is started, to make the answers that are missing, with options
+            of it: ``boltz predict --use_msa_server``. It wants an environment of its own.
         hidden: Length of that model's hidden state; default that of the structure model.
         lr: Learning rate of Adam, after a warm-up.
         warmup: Steps until ``lr``.
@@ -144,6 +140,7 @@ class AuroBind(DistillModule):
         label_mix: float = 0.0,
         teacher_files: Path | None = None,
         teacher_kind: Kind = "files",
+        teacher_run: str | None = None,
         hidden: int | None = None,
         lr: float = 1.5e-3,
         warmup: int = 50,
@@ -174,6 +171,7 @@ class AuroBind(DistillModule):
         self.centroids, self.label_mix, self.lr, self.warmup = centroids, label_mix, lr, warmup
         self.mse_anchor, self.single, self.hidden = mse_anchor, single, hidden or 2 * single
         self.teacher_files, self.teacher_kind = teacher_files, teacher_kind
+        self.teacher_run = teacher_run
         self._freeze()
         self._own: dict[int, Tensor] = {}
         self._answers: Answers | None = None
@@ -258,11 +256,7 @@ class AuroBind(DistillModule):
         self.to(self.trainer.strategy.root_device)
         folder = Path(self.trainer.default_root_dir)
         if self.stage == "student":
-            own = CompactTeacher(self.network, self.device)
-            self._answers = answers_of(
-                self._teacher(own), data, self.centroids, folder / "teacher.safetensors",
-                self.hidden, own,
-            )  # fmt: skip
+            self._answers = self._ask(data, folder / "teacher.safetensors")
         if self.stage == "fitness" and stage == "fit":
             shown = data.places("train", label=True)
             labels = [data.data.complexes[i].label for i in shown]
@@ -275,12 +269,18 @@ class AuroBind(DistillModule):
         if self.stage == "preference" and self.preference == "pairs" and stage == "fit":
             self._reference = self._references(data, folder / "reference.npz")
 
-    def _teacher(self, own: Teacher) -> Teacher:
-        if self.teacher_files is None:
-            return own
-        if self.teacher_kind == "openfold3":
-            return OpenFold3Teacher(self.teacher_files, own)
-        return (BoltzTeacher if self.teacher_kind == "boltz" else FilesTeacher)(self.teacher_files)
+    def _ask(self, data: Any, path: Path) -> Answers:
+        """The teacher's answers; one process asks, for a program must not run twice."""
+        own: Teacher = CompactTeacher(self.network, self.device)
+        teacher = own
+        if self.teacher_files is not None:
+            teacher = teacher_of(self.teacher_kind, self.teacher_files, self.teacher_run, own)
+        elif self.teacher_run is not None:
+            raise InputError("model.teacher_run: needs model.teacher_files and teacher_kind")
+        if self.trainer.is_global_zero:
+            answers_of(teacher, data, self.centroids, path, self.hidden, own)
+        self.trainer.strategy.barrier()
+        return answers_of(teacher, data, self.centroids, path, self.hidden, own)
 
     @torch.no_grad()
     def _references(self, data: Any, path: Path) -> Tensor:

@@ -22,8 +22,9 @@ class Answers:
     """For every complex of the data.
 
     Attributes:
-        fitness: The teacher's, pK (n,).
-        hidden: The teacher's pooled trunk tokens (n, H).
+        fitness: The teacher's, pK (n,); another model is asked about what is learned from alone,
+            the rest is NaN.
+        hidden: The teacher's pooled trunk tokens (n, H), likewise.
         prior: The structure model's of the nearest centroid's complex with the same target (n, P).
     """
 
@@ -36,7 +37,7 @@ class Answers:
 def answers_of(
     teacher: Teacher, data: Any, count: int, path: Path, width: int, own: Teacher | None = None
 ) -> Answers:
-    """Ask the teacher about every complex once; afterwards read the file.
+    """Ask the teacher once; afterwards read the file.
 
     Args:
         teacher: Whom.
@@ -52,8 +53,12 @@ def answers_of(
     """
     if not path.exists():
         places = range(len(data.data))
-        fitness, states = teacher.answers(data, places)
-        known = states if own is None or own is teacher else own.answers(data, places)[1]
+        if own is None or own is teacher:
+            fitness, states = teacher.answers(data, places)
+            known = states
+        else:
+            fitness, states = _of_training(teacher, data)
+            known = own.answers(data, places)[1]
         prior = known[nearest(data, count)]
         found = {"fitness": fitness, "hidden": states, "prior": prior}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,6 +71,16 @@ def answers_of(
             f"expects {width}: --model.hidden {answers.hidden.shape[1]}"
         )
     return answers
+
+
+def _of_training(teacher: Teacher, data: Any) -> tuple[Tensor, Tensor]:
+    """Answers to the training and the unlabelled complexes: a program takes minutes for each."""
+    places = sorted({*data.parts["train"], *data.extra})
+    answers = teacher.answers(data, places)
+    every = [torch.full((len(data.data), *a.shape[1:]), float("nan")) for a in answers]
+    for whole, part in zip(every, answers, strict=True):
+        whole[places] = part
+    return every[0], every[1]
 
 
 def nearest(data: Any, count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where the student's targets come from: the structure model of this run, or files of another.
+"""Where the student's targets come from: the structure model of this run, or another's files.
 
 Every teacher gives a fitness in units of pK and a hidden state for each complex: the mean token of
 the ligand beside that of the pocket.
@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from rdkit import Chem
 from torch import Tensor
 
 from cohobate.core.errors import InputError
@@ -51,12 +55,48 @@ class CompactTeacher:
         return torch.cat(fitness), torch.cat(hidden)
 
 
-class FilesTeacher:
+class FolderTeacher(ABC):
+    """Answers of another model in a folder, complex by complex."""
+
+    folder: Path
+
+    def answers(self, data: Any, places: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Read them; what is missing is asked for first.
+
+        Raises:
+            InputError: Something is missing and stays so, or a file holds something else.
+        """
+        complexes = [data.data.complexes[i] for i in places]
+        _apart(complexes)
+        found = [self.one(c) for c in complexes]
+        missing = [c for c, known in zip(complexes, found, strict=True) if known is None]
+        if missing:
+            self.ask(missing)
+            found = [known or self.one(c) for c, known in zip(complexes, found, strict=True)]
+        answered = [known for known in found if known is not None]
+        if len(answered) < len(found):
+            raise InputError(self.complaint([c for c in missing if self.one(c) is None]))
+        return torch.tensor([f for f, _ in answered]), torch.stack([h for _, h in answered])
+
+    @abstractmethod
+    def one(self, of: Complex) -> tuple[float, Tensor] | None:
+        """Fitness (pK) and hidden state (2 C,) of a complex, if the folder has them."""
+
+    @abstractmethod
+    def ask(self, missing: Sequence[Complex]) -> None:
+        """See to it that the folder has these."""
+
+    @abstractmethod
+    def complaint(self, missing: Sequence[Complex]) -> str:
+        """What to say when it has not."""
+
+
+class FilesTeacher(FolderTeacher):
     """Files of any model: one for each complex, named ``<target>__<molecule>``.
 
     ``.npz`` or ``.pt`` with tokens ``s`` (N, C), the ligand's tokens last. The fitness is under
-    ``fitness``, else in ``<target>__<molecule>_affinity.json`` under ``affinity`` (pK), as the
-    released program writes it, or under ``affinity_pred_value``, as Boltz writes it.
+    ``fitness``, else in ``<target>__<molecule>_affinity.json`` under ``affinity`` (pK), or under
+    ``affinity_pred_value``, as Boltz writes it.
 
     Args:
         folder: Where they are.
@@ -67,84 +107,24 @@ class FilesTeacher:
         if not self.folder.is_dir():
             raise InputError(f"{folder}: no such folder of teacher files")
 
-    def answers(self, data: Any, places: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Read one file for each complex.
-
-        Raises:
-            InputError: A file is missing or holds something else.
-        """
-        found = [self.one(data.data.complexes[i]) for i in places]
-        return torch.tensor([f for f, _ in found]), torch.stack([h for _, h in found])
-
-    def one(self, of: Complex) -> tuple[float, Tensor]:
-        """Fitness (pK) and hidden state (2 C,) of a complex."""
+    def one(self, of: Complex) -> tuple[float, Tensor] | None:
+        """Fitness (pK) and hidden state (2 C,) of a complex, if it has a file."""
         stem = self.folder / name_of(of)
         path = next((p for e in ("npz", "pt") if (p := Path(f"{stem}.{e}")).exists()), None)
         if path is None:
-            raise InputError(f"{stem}.npz: the teacher has no file for this complex")
-        arrays = _arrays(path)
+            return None
+        arrays = arrays_of(path)
         hidden = pooled(arrays.get("s"), of, path)
         if "fitness" in arrays:
             return float(arrays["fitness"]), hidden
         return fitness_of(Path(f"{stem}_affinity.json")), hidden
 
+    def ask(self, missing: Sequence[Complex]) -> None:
+        """Nobody answers."""
 
-class BoltzTeacher(FilesTeacher):
-    """The output folder of ``boltz predict --write_embeddings``; names as for `FilesTeacher`.
-
-    The ligand stands last in each input and is the binder of its affinity. Boltz wants an
-    environment of its own and is not started here. Its value is the log10 of the IC50 in µM, lower
-    is better; pK = 6 - value.
-
-    Args:
-        folder: The folder with ``predictions``, or the one above.
-    """
-
-    hint = (
-        "boltz predict INPUTS --write_embeddings makes it (in an environment of its own: "
-        "uv tool install boltz)"
-    )
-
-    def one(self, of: Complex) -> tuple[float, Tensor]:
-        """Fitness (pK) and hidden state (2 C,) of a complex."""
-        name = name_of(of)
-        folder = _only(self.folder, f"predictions/{name}", self.hint)
-        path = _only(folder, f"embeddings_{name}.npz", self.hint)
-        hidden = pooled(_arrays(path).get("s"), of, path)
-        return fitness_of(_only(folder, f"affinity_{name}.json", self.hint)), hidden
-
-
-class OpenFold3Teacher(FilesTeacher):
-    """The output folder of OpenFold3 with ``write_latent_outputs``, queries named as above.
-
-    OpenFold3 predicts no affinity: the hidden state is its, the fitness that of another teacher.
-
-    Args:
-        folder: Its output folder.
-        fitness: Who knows the fitness.
-    """
-
-    hint = (
-        "run_openfold predict with output_writer_settings: {write_latent_outputs: true} makes it "
-        "(in an environment of its own: pip install openfold3)"
-    )
-
-    def __init__(self, folder: Path, fitness: Teacher) -> None:
-        super().__init__(folder)
-        self.fitness = fitness
-
-    def answers(self, data: Any, places: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Read one file for each complex; of several seeds the first by name.
-
-        Raises:
-            InputError: A file is missing or holds something else.
-        """
-        states = []
-        for one in (data.data.complexes[i] for i in places):
-            name = name_of(one)
-            path = _only(self.folder, f"{name}/seed_*/{name}_seed_*_latent_output.pt", self.hint)
-            states.append(pooled(load_weights(path).get("si_trunk"), one, path))
-        return self.fitness.answers(data, places)[0], torch.stack(states)
+    def complaint(self, missing: Sequence[Complex]) -> str:
+        """Names the first file that is missing."""
+        return f"{self.folder / name_of(missing[0])}.npz: the teacher has no file for this complex"
 
 
 def name_of(one: Complex) -> str:
@@ -163,7 +143,8 @@ def pooled(tokens: Tensor | None, of: Complex, path: Path) -> Tensor:
         tokens = tokens[0]
     if tokens is None or tokens.ndim != 2 or len(tokens) <= count:
         raise InputError(f"{path}: needs s (N, C) with more tokens than the ligand's {count}")
-    return torch.cat((tokens[-count:].mean(0), tokens[:-count].mean(0))).float()
+    tokens = tokens.float()  # some are written in half precision
+    return torch.cat((tokens[-count:].mean(0), tokens[:-count].mean(0)))
 
 
 def fitness_of(path: Path) -> float:
@@ -183,19 +164,21 @@ def fitness_of(path: Path) -> float:
         raise InputError(f"{path}: no number under affinity or affinity_pred_value") from None
 
 
-def _only(folder: Path, pattern: str, hint: str) -> Path:
-    """The first file of a pattern, here or one folder below."""
-    found = sorted(folder.glob(pattern)) or sorted(folder.glob(f"*/{pattern}"))
-    if not found:
-        raise InputError(f"{folder / pattern}: no such file; {hint}")
-    return found[0]
-
-
-def _arrays(path: Path) -> dict[str, Tensor]:
+def arrays_of(path: Path) -> dict[str, Tensor]:
+    """Tokens ``s``, and ``fitness`` where it is given, of a .npz or .pt file."""
     if path.suffix == ".pt":
         return load_weights(path)
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: torch.from_numpy(file[name]) for name in file.files}
-    except (OSError, ValueError) as error:
+            return {n: torch.from_numpy(file[n]) for n in ("s", "fitness") if n in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: {' '.join(str(error).split())}") from None
+
+
+def _apart(complexes: Sequence[Complex]) -> None:
+    """Different complexes have different files."""
+    known: dict[str, tuple[str, str]] = {}
+    for one in complexes:
+        what = (one.target, Chem.MolToSmiles(one.molecule))
+        if known.setdefault(name_of(one), what) != what:
+            raise InputError(f"{name_of(one)}: two complexes would have files of this name")

@@ -13,7 +13,7 @@ from rdkit import Chem
 from cohobate.core.errors import InputError
 from cohobate.docking.data.features import Complex
 from cohobate.docking.data.molecules import Problems, largest_fragment, parse_smiles, read
-from cohobate.docking.data.receptors import Pocket, find_pocket, read_receptor
+from cohobate.docking.data.receptors import Pocket, find_pocket, read_receptor, with_chains
 
 MEASURES = ("Kd (nM)", "Ki (nM)", "IC50 (nM)")
 """Columns of an affinity, the first that is filled counts."""
@@ -91,8 +91,9 @@ def _sites(path: Path) -> dict[str, Pocket]:
                 raise InputError(f"{ligand}: no reference ligand with coordinates")
             receptor = path.parent / row["receptor"]
             atoms = record.molecule.GetConformer().GetPositions()
-            pocket = find_pocket(read_receptor(receptor), ligand=atoms, source=str(receptor))
-            found[row["target"]] = pocket
+            structure = read_receptor(receptor)
+            pocket = find_pocket(structure, ligand=atoms, source=str(receptor))
+            found[row["target"]] = with_chains(structure, pocket)
     return found
 
 

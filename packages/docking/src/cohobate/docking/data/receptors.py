@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import gemmi
 import numpy as np
@@ -18,8 +19,24 @@ RESIDUES = (
 )  # fmt: skip
 """Types of residues by index; what is none of them has index 20."""
 
+_PROTONATED = {
+    "HID": "H", "HIE": "H", "HIP": "H", "HSD": "H", "HSE": "H", "HSP": "H", "CYX": "C",
+    "CYM": "C", "ASH": "D", "GLH": "E", "LYN": "K",
+}  # fmt: skip
 _BACKBONE = {"N", "CA", "C", "O", "OXT"}
 _AUTODOCK = {"A": "C", "OA": "O", "OS": "O", "NA": "N", "NS": "N", "SA": "S", "HD": "H", "HS": "H"}
+
+
+class Chain(NamedTuple):
+    """A whole chain of a protein.
+
+    Attributes:
+        sequence: In one-letter code.
+        msa: File with its alignment, where there is one.
+    """
+
+    sequence: str
+    msa: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -31,12 +48,14 @@ class Pocket:
         ca: Cα positions (P, 3), Å.
         side: Centroids of the side chains' heavy atoms, Cα where there are none (P, 3), Å.
         names: ``chain:number+insertion code`` of each residue.
+        chains: The whole chains that line it; none where only the pocket is known.
     """
 
     types: np.ndarray
     ca: np.ndarray
     side: np.ndarray
     names: tuple[str, ...]
+    chains: tuple[Chain, ...] = ()
 
     @property
     def centre(self) -> np.ndarray:
@@ -49,7 +68,7 @@ class Pocket:
             return self
         near = np.sort(np.linalg.norm(self.side - point, axis=1).argsort(kind="stable")[:count])
         names = tuple(self.names[i] for i in near)
-        return Pocket(self.types[near], self.ca[near], self.side[near], names)
+        return Pocket(self.types[near], self.ca[near], self.side[near], names, self.chains)
 
 
 def read_receptor(path: Path, *, hydrogens: bool = False) -> gemmi.Structure:
@@ -144,6 +163,30 @@ def find_pocket(
     return Pocket(types, ca, side, tuple(names))
 
 
+def with_chains(structure: gemmi.Structure, pocket: Pocket) -> Pocket:
+    """The pocket with the whole chains that line it, in the order of the file.
+
+    A sequence is the file's SEQRES where it has one, else the residues that were resolved.
+    Modified residues count as what they were made from.
+
+    Args:
+        structure: From `read_receptor`, of a file that holds whole chains.
+        pocket: From `find_pocket`.
+    """
+    lining = {name.rpartition(":")[0] for name in pocket.names}
+    found = []
+    for chain in structure[0]:
+        polymer = chain.get_polymer()
+        if chain.name.replace(" ", "") not in lining or not len(polymer):
+            continue
+        entity = structure.get_entity_of(polymer)
+        # Where positions were found to hold one of several residues, the first is taken.
+        names = [gemmi.Entity.first_mon(n) for n in entity.full_sequence] if entity else []
+        names = names or [r.name for r in polymer if _protein(r)]
+        found.append(Chain("".join(map(_letter, names))))
+    return replace(pocket, chains=tuple(found))
+
+
 def crop(structure: gemmi.Structure, pocket: Pocket) -> str:
     """The pocket's residues as PDB text, for files people look at."""
     small = structure.clone()
@@ -158,6 +201,11 @@ def crop(structure: gemmi.Structure, pocket: Pocket) -> str:
 
 def _protein(residue: gemmi.Residue) -> bool:
     return "CA" in residue and residue["CA"][0].element.name == "C" and "N" in residue
+
+
+def _letter(name: str) -> str:
+    own = gemmi.find_tabulated_residue(name).one_letter_code.strip().upper()
+    return _PROTONATED.get(name) or own or "X"
 
 
 def _positions(residue: gemmi.Residue) -> np.ndarray:

@@ -7,6 +7,7 @@ import gzip
 import importlib.resources
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from cohobate.core.errors import InputError
 from cohobate.docking.data.bindingdb import bindingdb
 from cohobate.docking.data.features import Complex
 from cohobate.docking.data.molecules import Problems, Record, read
-from cohobate.docking.data.receptors import Pocket, find_pocket, read_receptor
+from cohobate.docking.data.receptors import Chain, Pocket, find_pocket, read_receptor, with_chains
 
 KCAL_PER_PK = 1.3643
 """kcal/mol of binding free energy for one unit of pK at 298 K: RT ln 10."""
@@ -35,7 +36,8 @@ def load(root: Path | None, problems: Problems) -> list[Complex]:
             ``prepare`` writes); or a folder of ``<id>/<id>_protein.pdb`` with
             ``<id>/<id>_ligand.sdf`` or ``.mol2`` and an ``affinities.csv`` with columns ``id`` and
             ``pK`` (PDBbind-style); or BindingDB's ``*.tsv`` with ``receptors.csv``. ``None`` is the
-            embedded set.
+            embedded set. The last two have whole receptors; with any, ``sequences.csv`` (target,
+            sequence, and where there is one msa, a file) may name the chains, one a line.
         problems: Gets what could not be read.
 
     Raises:
@@ -59,6 +61,7 @@ def load(root: Path | None, problems: Problems) -> list[Complex]:
         )
     if not found:
         raise InputError(f"{folder}: no complex could be read")
+    _name_chains(folder / "sequences.csv", found)
     return found
 
 
@@ -111,7 +114,7 @@ def _pdbbind(folder: Path, problems: Problems) -> Iterator[Complex]:
         if record is None:
             continue
         try:
-            pocket = _around(protein, [record])
+            pocket = _around(protein, [record], whole=True)
         except InputError as error:
             problems.add(protein, "pocket", str(error))
             continue
@@ -129,6 +132,30 @@ def _affinities(path: Path) -> dict[str, float]:
         raise InputError(f"{path}: needs columns id and pK with numbers: {error}") from None
 
 
+def _name_chains(path: Path, complexes: list[Complex]) -> None:
+    """Give pockets the chains that a table names for their target."""
+    if not path.exists():
+        return
+    chains: dict[str, tuple[Chain, ...]] = defaultdict(tuple)
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        for line, row in enumerate(csv.DictReader(file), 2):
+            target, sequence, msa = (
+                (row.get(k) or "").strip() for k in ("target", "sequence", "msa")
+            )
+            if not (target and sequence.isascii() and sequence.isalpha()):
+                raise InputError(f"{path}: line {line}: needs target and sequence, letters alone")
+            file_of = (path.parent / msa).resolve() if msa else None
+            if file_of is not None and not file_of.exists():
+                raise InputError(f"{path}: line {line}: no alignment {file_of}")
+            chains[target] += (Chain(sequence.upper(), file_of),)
+    # A target's molecules go on sharing one pocket.
+    named: dict[int, Pocket] = {}
+    for one in complexes:
+        if one.target in chains:
+            new = replace(one.pocket, chains=chains[one.target])
+            one.pocket = named.setdefault(id(one.pocket), new)
+
+
 def by_target(complexes: list[Complex]) -> dict[str, list[int]]:
     """Places of each target's complexes, targets sorted."""
     found: dict[str, list[int]] = defaultdict(list)
@@ -137,9 +164,11 @@ def by_target(complexes: list[Complex]) -> dict[str, list[int]]:
     return dict(sorted(found.items()))
 
 
-def _around(path: Path, records: list[Record]) -> Pocket:
+def _around(path: Path, records: list[Record], *, whole: bool = False) -> Pocket:
     atoms = np.concatenate([r.molecule.GetConformer().GetPositions() for r in records])
-    return find_pocket(read_receptor(path), ligand=atoms, cutoff=8.0, source=str(path))
+    structure = read_receptor(path)
+    pocket = find_pocket(structure, ligand=atoms, cutoff=8.0, source=str(path))
+    return with_chains(structure, pocket) if whole else pocket
 
 
 def _plain(record: Record) -> Chem.Mol:
