@@ -74,7 +74,10 @@ class AuroBind(DistillModule):
         preference: ``list`` is the paper's loss; ``pairs`` is pairwise DPO.
         tau: τ of the lists.
         ties: ``stable`` or, anew each step, ``shuffle``.
-        confidence_weight: Weigh each term of a list by the confidence in its pose.
+        confidence_weight: Weigh each term of a list by the confidence in the best of the poses
+            that the model samples as for self-labels.
+        min_confidence: Leave less confident complexes out of the preference; the paper has 0.5 in
+            one place and 0.9 in another, for a model that is calibrated.
         mse_anchor: Weight of a squared error beside the preference; 0 as published.
         beta: β of pairwise DPO.
         margin: Least difference of labels of a pair, pK.
@@ -130,6 +133,7 @@ class AuroBind(DistillModule):
         tau: float = 0.1,
         ties: Literal["stable", "shuffle"] = "stable",
         confidence_weight: bool = False,
+        min_confidence: float = 0.0,
         mse_anchor: float = 0.0,
         beta: float = 1.0,
         margin: float = 0.3,
@@ -167,7 +171,8 @@ class AuroBind(DistillModule):
         self.average, self.confidence_share = average, confidence_share
         self.keep, self.smoothness = keep, smoothness
         self.preference, self.tau, self.ties = preference, tau, ties
-        self.confidence_weight, self.beta, self.margin = confidence_weight, beta, margin
+        self.confidence_weight, self.min_confidence = confidence_weight, min_confidence
+        self.beta, self.margin = beta, margin
         self.centroids, self.label_mix, self.lr, self.warmup = centroids, label_mix, lr, warmup
         self.mse_anchor, self.single, self.hidden = mse_anchor, single, hidden or 2 * single
         self.teacher_files, self.teacher_kind = teacher_files, teacher_kind
@@ -176,7 +181,8 @@ class AuroBind(DistillModule):
         self._own: dict[int, Tensor] = {}
         self._answers: Answers | None = None
         self._reference: Tensor | None = None
-        self._seen: list[dict[str, np.ndarray]] = []
+        self._confidence: Tensor | None = None
+        self._seen: list[dict[str, Any]] = []
 
     # --- what is trained ---------------------------------------------------------------------
 
@@ -256,42 +262,47 @@ class AuroBind(DistillModule):
         self.to(self.trainer.strategy.root_device)
         folder = Path(self.trainer.default_root_dir)
         if self.stage == "student":
-            self._answers = self._ask(data, folder / "teacher.safetensors")
+            self._answers = self._answers or self._ask(data, folder, stage)
         if self.stage == "fitness" and stage == "fit":
             shown = data.places("train", label=True)
             labels = [data.data.complexes[i].label for i in shown]
+            if not labels:
+                raise InputError("data: no training complex has a label to learn from")
             self.network.fitness.start_at(float(np.mean(labels)))
         if self.stage == "self-distil" and self.distill and stage == "fit":
             self._own = structure.own_poses(
                 self.network, data, self.keep, folder / "self_labels.npz", self.device
             )
             data.self_labelled = sorted(self._own)
-        if self.stage == "preference" and self.preference == "pairs" and stage == "fit":
-            self._reference = self._references(data, folder / "reference.npz")
+        if self.stage == "preference" and stage == "fit":
+            if self.confidence_weight or self.min_confidence > 0:
+                self._confidence = structure.confidences(
+                    self.network, data, self.keep, folder / "confidence.npz", self.device
+                )
+            if self.preference == "pairs":
+                self._reference = structure.references(
+                    self.network, data, folder / "reference.npz", self.device
+                )
 
-    def _ask(self, data: Any, path: Path) -> Answers:
-        """The teacher's answers; one process asks, for a program must not run twice."""
+    def _ask(self, data: Any, folder: Path, stage: str) -> Answers:
+        """The teacher's answers; one process asks, for a program must not run twice.
+
+        Where nothing is trained only the priors count: the structure model knows them, and nothing
+        is kept.
+        """
         own: Teacher = CompactTeacher(self.network, self.device)
+        if stage != "fit":
+            return answers_of(own, data, self.centroids, None, 2 * self.single)
         teacher = own
         if self.teacher_files is not None:
             teacher = teacher_of(self.teacher_kind, self.teacher_files, self.teacher_run, own)
         elif self.teacher_run is not None:
             raise InputError("model.teacher_run: needs model.teacher_files and teacher_kind")
+        path = folder / "teacher.safetensors"
         if self.trainer.is_global_zero:
             answers_of(teacher, data, self.centroids, path, self.hidden, own)
         self.trainer.strategy.barrier()
         return answers_of(teacher, data, self.centroids, path, self.hidden, own)
-
-    @torch.no_grad()
-    def _references(self, data: Any, path: Path) -> Tensor:
-        """The frozen fine-tuned model's fitness of every complex."""
-        if not path.exists():
-            every = range(len(data.data))
-            moved = structure.moved(data.batches_of(every), self.device)
-            found = [self.network(b).cpu() for b in moved]
-            np.savez(path, fitness=torch.cat(found).numpy())
-        with np.load(path) as file:
-            return torch.from_numpy(file["fitness"])
 
     # --- training ----------------------------------------------------------------------------
 
@@ -347,28 +358,27 @@ class AuroBind(DistillModule):
         return terms
 
     def _preference(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
-        fitness, _, known = outputs
+        fitness = outputs[0]
         rows, mask = losses.rows_of(batch["list"])
         score, label = fitness[rows], batch["label"][rows]
+        weight = None
+        if self._confidence is not None:
+            confidence = self._confidence[batch["index"].cpu()].to(score)[rows]
+            mask = mask & (confidence > self.min_confidence)
+            weight = confidence if self.confidence_weight else None
         if self._reference is not None:
             reference = self._reference[batch["index"].cpu()].to(score)[rows]
             found = losses.pairwise_dpo(
                 score, reference, label, mask, beta=self.beta, margin=self.margin
             )
         else:
-            weight = None
-            if self.confidence_weight:
-                pose = torch.nan_to_num(batch["pose"])
-                with torch.no_grad():
-                    judged = structure.judge(self.network, batch, known, pose)
-                weight = judged["ranking"][rows]
             ties = torch.rand_like(label) if self.ties == "shuffle" else None
             found = losses.plackett_luce(
                 score, label, mask, tau=self.tau, confidence=weight, ties=ties
             )
         terms = {"preference": found}
         if self.mse_anchor > 0:
-            terms["mse"] = losses.sft(fitness, batch["label"])
+            terms["mse"] = losses.sft(fitness, batch["label"], batch["sigma"])
         return terms
 
     def distill_loss(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
@@ -401,7 +411,7 @@ class AuroBind(DistillModule):
         if self.stage in ("structure", "self-distil"):
             if not batch["pose"][batch["atom_mask"] > 0].isfinite().all():
                 return
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 torch.manual_seed(batch_idx)
                 known = self.network.trunk(batch)
                 terms = structure.structure_terms(self.network, batch, known, 8, False)
@@ -422,33 +432,22 @@ class AuroBind(DistillModule):
         if self.stage not in ("structure", "self-distil"):
             self._collect(batch)
             return
-        x, scores = structure.best_poses(
-            self.network, batch, self.poses, self.sample_steps, seed=batch_idx, ode=self.ode
-        )
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        for row, place in enumerate(batch["index"].tolist()):
-            one = data.data.complexes[place]
-            if one.molecule.GetNumConformers():
-                every = [
-                    structure.error_of(one, pose[: one.molecule.GetNumAtoms()].cpu())
-                    for pose in x[row]
-                ]
-                self._seen.append(
-                    {"rmsd": np.array([every[0]]), "best": np.array([min(every)]),
-                     "plddt": scores["ligand_plddt"][row, :1].cpu().numpy()}
-                )  # fmt: skip
+        self._seen += structure.pose_errors(
+            self.network, batch, data.data.complexes, self.poses, self.sample_steps,
+            seed=batch_idx, ode=self.ode,
+        )  # fmt: skip
 
     def on_test_epoch_end(self) -> None:
         """Log what was collected."""
         if not self._seen:
             return
         if "rmsd" in self._seen[0]:
-            rmsd, best = (np.concatenate([s[k] for s in self._seen]) for k in ("rmsd", "best"))
-            self._seen.clear()
-            found = {
-                "rmsd": float(np.median(rmsd)), "success": float((rmsd <= 2).mean()),
-                "best_rmsd": float(np.median(best)),
-            }  # fmt: skip
+            rows, self._seen = self._seen, []
+            every = {k: np.array([row[k] for row in rows]) for k in rows[0]}
+            found = {k: float(np.median(v)) for k, v in every.items()}
+            for kind in ("", "relaxed_"):
+                found[f"{kind}success"] = float((every[f"{kind}rmsd"] <= 2).mean())
         else:
             found = self._scores()
         self.log_dict({f"test/{k}": v for k, v in found.items()})

@@ -139,7 +139,8 @@ class PoseDiffusion(nn.Module):
         noise: Noise levels.
         symmetry: ``augment``: coordinates go in and come out as numbers, and training turns every
             complex at random; ``e3``: only distances go in, and the output is a sum of difference
-            vectors, so that rotations and reflections of the complex carry over exactly.
+            vectors, so that rotations and reflections of the complex carry over exactly: pushes
+            between points, and pulls to the mean place of what an atom attends to.
     """
 
     frequency: Tensor
@@ -169,6 +170,9 @@ class PoseDiffusion(nn.Module):
             self.pull_pair, self.pull_near = nn.Linear(pair, 2), nn.Linear(2 * RADIAL, 2)
             self.pull_q, self.pull_k = nn.Linear(width, 2 * width), nn.Linear(width, 2 * width)
             self.own = nn.Linear(width, 1)
+            self.seek_q, self.seek_k = nn.Linear(width, width), nn.Linear(width, width)
+            self.seek_pair, self.seek_near = nn.Linear(pair, heads), nn.Linear(2 * RADIAL, heads)
+            self.seek_gain = nn.Linear(width, 2 * heads)
 
     def forward(self, x: Tensor, t: Tensor, known: Embedding, ca: Tensor, side: Tensor) -> Tensor:
         """Denoised ligand coordinates (B, A, 3).
@@ -199,41 +203,59 @@ class PoseDiffusion(nn.Module):
         closed = (mask[:, None, None, :] - 1) * 1e9
         pairs = self.pair_bias(known.z).repeat_interleave(draws, 0)
         bias = (pairs + self.near(near)).permute(0, 3, 1, 2) + closed
+        near = near[:, count:]
         for block in self.blocks:
             h = block(h, bias, level)
         h = self.norm(h)
         update = (
             self.move(h[:, count:])
             if self.symmetry == "augment"
-            else self._pull(h, known.z, mask, near, points, others, count)
+            else self._push(h, known.z, mask, near, points, others)
+            + self._pull(h, known.z, mask, near, points, others)
         )
         return self.noise.combine(x, update, t)
 
-    def _pull(
-        self,
-        h: Tensor,
-        z: Tensor,
-        mask: Tensor,
-        near: Tensor,
-        points: Tensor,
-        others: Tensor,
-        count: int,
+    def _push(
+        self, h: Tensor, z: Tensor, mask: Tensor, near: Tensor, points: Tensor, others: Tensor
     ) -> Tensor:
-        """Sum of vectors to all other points, each with an invariant weight."""
-        q = self.pull_q(h[:, count:]).unflatten(-1, (2, -1)).transpose(1, 2)
+        """Sum of directions to all other points, each with an invariant weight."""
+        first = points.shape[1] - near.shape[1]
+        q = self.pull_q(h[:, first:]).unflatten(-1, (2, -1)).transpose(1, 2)
         k = self.pull_k(h).unflatten(-1, (2, -1)).transpose(1, 2)
         weight = q @ k.mT / q.shape[-1] ** 0.5
-        pairs = self.pull_pair(z[:, count:]).repeat_interleave(len(h) // len(z), 0)
-        weight = weight + (pairs + self.pull_near(near[:, count:])).permute(0, 3, 1, 2)
+        pairs = self.pull_pair(z[:, first:]).repeat_interleave(len(h) // len(z), 0)
+        weight = weight + (pairs + self.pull_near(near)).permute(0, 3, 1, 2)
         weight = weight * mask[:, None, None, :]
-        x = points[:, count:]
-        total = self.own(h[:, count:]) * x / self.noise.sigma_data
+        x = points[:, first:]
+        total = self.own(h[:, first:]) * x / self.noise.sigma_data
         number = mask.sum(1)[:, None, None]
         for channel, place in enumerate((points, others)):
             vector = x[:, :, None] - place[:, None]
             unit = vector / ((vector.square().sum(-1, keepdim=True) + 1e-8).sqrt() + 1)
             total = total + (weight[:, channel, :, :, None] * unit).sum(2) / number.sqrt()
         return total
+
+    def _pull(
+        self, h: Tensor, z: Tensor, mask: Tensor, near: Tensor, points: Tensor, others: Tensor
+    ) -> Tensor:
+        """Vectors to the mean places of what each atom attends to.
+
+        Directions alone cannot say how far; with these the network can name a place, which is all
+        it has to go by where the noise hides the atom's own.
+        """
+        first = points.shape[1] - near.shape[1]
+        q, k = (
+            v.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for v in (self.seek_q(h[:, first:]), self.seek_k(h))
+        )
+        pairs = self.seek_pair(z[:, first:]).repeat_interleave(len(h) // len(z), 0)
+        bias = (pairs + self.seek_near(near)).permute(0, 3, 1, 2)
+        bias = bias + (mask[:, None, None, :] - 1) * 1e9
+        gain = self.seek_gain(h[:, first:]).unflatten(-1, (2, self.heads, 1)).permute(2, 0, 3, 1, 4)
+        x, both = points[:, None, first:], torch.cat((points, others), -1)[:, None]
+        mean = attention(q, k, both.expand(-1, self.heads, -1, -1), bias)
+        vectors = sum(g * (m - x) for g, m in zip(gain, mean.split(3, -1), strict=True))
+        return vectors.sum(1) / self.noise.sigma_data
 
 
 class StructureModel(nn.Module):

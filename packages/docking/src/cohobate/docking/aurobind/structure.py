@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rdkit import Chem
 from torch import Tensor
 
 from cohobate.core.errors import InputError
+from cohobate.core.io import save_atomic
 from cohobate.docking.aurobind import confidence, diffusion, losses
 from cohobate.docking.aurobind.network import Embedding, StructureModel, radial
 from cohobate.docking.data.features import Batch, Complex
@@ -120,7 +121,9 @@ def confidence_term(model: StructureModel, batch: Batch, known: Embedding, steps
     with torch.no_grad():
         x = roll_out(model, batch, known, 1, steps)[:, 0]
     found = model.confidence(known.s, known.z, _near(batch, x), known.mask)
-    count, pose = batch["ca"].shape[1], torch.nan_to_num(batch["pose"])
+    pose = torch.nan_to_num(batch["pose"])
+    pose = losses.nearest_order(x, pose, batch["atom_mask"], batch["same"])
+    count = batch["ca"].shape[1]
     lddt = losses.lddt_of_atoms(x, pose, batch["ca"], batch["residue_mask"])
     plddt = losses.binned(
         found["plddt"][:, count:], (lddt * 50).long().clamp(max=49), batch["atom_mask"]
@@ -245,26 +248,70 @@ def own_poses(
         device: Where the network is.
 
     Raises:
-        InputError: No pose is hidden, or no validation complex can be judged by.
+        InputError: No validation complex can be judged by.
     """
     if not path.exists():
         hidden = data.hidden_poses()
-        if not hidden:
-            raise InputError("self-distillation: every pose is shown; data.posed must be below 1")
         found: dict[str, np.ndarray] = {}
-        held = data.batches_of(data.places("val", pose=True))
-        places, poses, scores = self_labels(model, moved(held, device), keep, data.seed)
-        chosen = zip(places, poses, keep.passing(scores).tolist(), strict=True)
-        rmsd = [error_of(data.data.complexes[i], x) for i, x, good in chosen if good]
-        if open_gate(keep, rmsd):
+        if not hidden:
+            log.warning("self-distillation: every pose is shown (data.posed); nothing to label")
+        elif _good_enough(model, data, keep, len(hidden), device):
             batches = moved(data.batches_of(hidden), device)
             places, poses, scores = self_labels(model, batches, keep, data.seed + 1)
             chosen = zip(places, poses, keep.passing(scores).tolist(), strict=True)
             found = {str(i): x.numpy() for i, x, good in chosen if good}
             log.info("self-distillation: %d of %d poses kept", len(found), len(hidden))
-        np.savez(path, **found)  # type: ignore[arg-type]
+        save_arrays(path, found)
     with np.load(path) as file:
         return {int(name): torch.from_numpy(file[name]) for name in file.files}
+
+
+def _good_enough(
+    model: StructureModel, data: Any, keep: Keep, hidden: int, device: torch.device
+) -> bool:
+    """What the gate says of the validation complexes that would be kept."""
+    held = data.places("val", pose=True)
+    places, poses, scores = self_labels(
+        model, moved(data.batches_of(held), device), keep, data.seed
+    )
+    fewer = replace(keep, min_keep=round(keep.min_keep * len(held) / hidden))
+    chosen = zip(places, poses, fewer.passing(scores).tolist(), strict=True)
+    return open_gate(keep, [error_of(data.data.complexes[i], x) for i, x, good in chosen if good])
+
+
+@torch.no_grad()
+def confidences(
+    model: StructureModel, data: Any, keep: Keep, path: Path, device: torch.device
+) -> Tensor:
+    """The ranking score, 0 to 1, of the best sampled pose of every labelled training complex.
+
+    The others have 0 (n,). As for `own_poses`, the answer is kept in a file.
+    """
+    if not path.exists():
+        places = data.places("train", label=True)
+        found = torch.zeros(len(data.data))
+        batches = moved(data.batches_of(places), device)
+        found[places] = self_labels(model, batches, keep, data.seed)[2]["ranking"]
+        save_arrays(path, {"confidence": found.numpy()})
+    with np.load(path) as file:
+        return torch.from_numpy(file["confidence"])
+
+
+@torch.no_grad()
+def references(model: StructureModel, data: Any, path: Path, device: torch.device) -> Tensor:
+    """The fitness (n,) of every complex by the model as it is now, kept in a file."""
+    if not path.exists():
+        batches = moved(data.batches_of(range(len(data.data))), device)
+        fitness = torch.cat([model(batch).cpu() for batch in batches])
+        save_arrays(path, {"fitness": fitness.numpy()})
+    with np.load(path) as file:
+        return torch.from_numpy(file["fitness"])
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write an ``.npz`` that is whole or absent."""
+    with save_atomic(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def moved(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
@@ -297,6 +344,51 @@ def error_of(one: Complex, pose: Tensor) -> float:
     posed = Chem.Mol(one.molecule)
     posed.GetConformer().SetPositions(pose.double().numpy() + one.pocket.centre)
     return float(molecule_rmsd(one.molecule, posed)[0])
+
+
+@torch.no_grad()
+def pose_errors(
+    model: StructureModel,
+    batch: Batch,
+    complexes: Sequence[Complex],
+    count: int,
+    steps: int,
+    *,
+    seed: int,
+    ode: bool,
+) -> list[dict[str, float]]:
+    """How far sampled poses are from the true ones, for each complex whose pose is known.
+
+    Args:
+        model: The network.
+        batch: Of the data.
+        complexes: All of the data.
+        count: Poses of each.
+        steps: Of the sampler.
+        seed: Of the noise.
+        ode: As for `roll_out`.
+
+    Returns:
+        Symmetry-corrected RMSD, Å, of the pose ranked first as the network makes it (``rmsd``) and
+        as it is written, with bond lengths put right (``relaxed_rmsd``), and of the best of all
+        (``best_rmsd``).
+    """
+    x, _ = best_poses(model, batch, count, steps, seed=seed, ode=ode)
+    found = []
+    for row, place in enumerate(batch["index"].tolist()):
+        one = complexes[place]
+        if not one.molecule.GetNumConformers():
+            continue
+        poses = x[row, :, : one.molecule.GetNumAtoms()].double().cpu()
+        every = [error_of(one, pose) for pose in poses]
+        plain = Chem.Mol(one.molecule)
+        plain.RemoveAllConformers()
+        whole = relaxed(plain, poses[0].numpy(), seed).GetConformer().GetPositions()
+        found.append(
+            {"rmsd": every[0], "best_rmsd": min(every),
+             "relaxed_rmsd": error_of(one, torch.from_numpy(whole))}
+        )  # fmt: skip
+    return found
 
 
 def _near(batch: Batch, x: Tensor) -> Tensor:

@@ -35,9 +35,14 @@ class Answers:
 
 @torch.no_grad()
 def answers_of(
-    teacher: Teacher, data: Any, count: int, path: Path, width: int, own: Teacher | None = None
+    teacher: Teacher,
+    data: Any,
+    count: int,
+    path: Path | None,
+    width: int,
+    own: Teacher | None = None,
 ) -> Answers:
-    """Ask the teacher once; afterwards read the file.
+    """Ask the teacher once; afterwards read the file, if there is to be one.
 
     Args:
         teacher: Whom.
@@ -51,7 +56,9 @@ def answers_of(
     Raises:
         InputError: The teacher's have another.
     """
-    if not path.exists():
+    if path is not None and path.exists():
+        answers = Answers(**load_weights(path))
+    else:
         places = range(len(data.data))
         if own is None or own is teacher:
             fitness, states = teacher.answers(data, places)
@@ -59,12 +66,11 @@ def answers_of(
         else:
             fitness, states = _of_training(teacher, data)
             known = own.answers(data, places)[1]
-        prior = known[nearest(data, count)]
-        found = {"fitness": fitness, "hidden": states, "prior": prior}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with save_atomic(path) as temporary:
-            save_file(found, temporary)
-    answers = Answers(**load_weights(path))
+        answers = Answers(fitness, states, known[nearest(data, count)])
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with save_atomic(path) as temporary:
+                save_file(vars(answers), temporary)
     if answers.hidden.shape[1] != width:
         raise InputError(
             f"the teacher's hidden states have {answers.hidden.shape[1]} numbers, the student "
