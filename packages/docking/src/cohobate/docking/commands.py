@@ -28,6 +28,9 @@ def screen(
     filters: Filters = Filters(),
     chunk: int = 8192,
     workers: int = 0,
+    accelerator: str = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
 ) -> int | None:
     """Rank a library for a target: the student on all, the structure model on the best.
 
@@ -47,7 +50,10 @@ def screen(
         known: File of known actives, for the similarity column.
         filters: Property limits; what fails is marked.
         chunk: Rows read at a time.
-        workers: Further processes for fingerprints.
+        workers: Further processes for fingerprints, of each process.
+        accelerator: cpu, gpu, auto; as Lightning's.
+        devices: Processes on each machine, each on a device of its own.
+        num_nodes: Machines; see the paper's page.
     """
     from cohobate.core.runs import load_run
     from cohobate.docking.aurobind.predict import Site, screen_library
@@ -56,8 +62,11 @@ def screen(
     site = Site(receptor, ligand, centre, size, residues, max_residues)
     found = screen_library(
         model, library, site, out, top=top, rescore=rescore, filters=filters, known=known,
-        cache=cache, chunk=chunk, workers=workers,
+        cache=cache, chunk=chunk, workers=workers, accelerator=accelerator, devices=devices,
+        num_nodes=num_nodes,
     )  # fmt: skip
+    if found is None:
+        return None  # the first process speaks for all
     for line in found.problems.lines()[:20]:
         print(line)
     print(

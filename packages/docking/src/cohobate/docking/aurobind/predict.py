@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from rdkit import Chem, ForceField  # noqa: F401 - older versions learn MMFF's classes from it
 from rdkit.Chem import rdForceFieldHelpers, rdMolAlign
-from torch import Tensor
+from torch import Tensor, nn
 
 from cohobate.core.errors import InputError
 from cohobate.core.io import save_atomic
@@ -196,7 +196,7 @@ def _stereo(molecule: Chem.Mol) -> str:
     return str(Chem.MolToSmiles(seen))
 
 
-class StudentScorer:
+class StudentScorer(nn.Module):
     """The fast student on one target, for `cohobate.docking.screen.screen`.
 
     Args:
@@ -205,13 +205,18 @@ class StudentScorer:
         molecules: Molecules whose centroids the teacher looks at once, in this target.
     """
 
+    bits: Tensor
+    prior: Tensor
+    protein: Tensor
+
     def __init__(self, model: Any, pocket: Pocket, molecules: Sequence[Chem.Mol]) -> None:
+        super().__init__()
         if model.fast is None:
             raise InputError(f"stage {model.stage}: screening needs a run of the last stage")
-        self.model = model
+        self.fast = model.fast
         chosen = [molecules[i] for i in centroids(molecules, model.centroids)]
-        self.bits = torch.from_numpy(np.stack([fingerprint(m) for m in chosen])).float()
-        digest = hashlib.sha256(self.bits.numpy().tobytes())
+        bits = np.stack([fingerprint(m) for m in chosen])
+        digest = hashlib.sha256(bits.astype(np.float32).tobytes())
         for name, tensor in model.fast.state_dict().items():
             digest.update(name.encode() + tensor.cpu().numpy().tobytes())
         self.key = digest.hexdigest()
@@ -219,25 +224,26 @@ class StudentScorer:
         with torch.no_grad():
             batch = collate([Complex("target", "", m, pocket).features() for m in plain])
             batch = {k: v.to(model.device) for k, v in batch.items()}
-            self.prior = model.network.trunk(batch).pooled()
-        self.protein = pocket_features(pocket)["embedding"].to(model.device)
+            prior = model.network.trunk(batch).pooled()
+        self.register_buffer("bits", torch.from_numpy(bits).float())
+        self.register_buffer("prior", prior)
+        self.register_buffer("protein", pocket_features(pocket)["embedding"].to(model.device))
 
     @torch.no_grad()
     def encode(self, bits: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """The library tower's vectors, and the nearest centroid's number, (n, 2 width + 1)."""
-        device = self.model.device
-        known = torch.from_numpy(bits).float()
-        tower = self.model.fast.library(known.to(device), torch.from_numpy(counts).to(device))
-        nearest = tanimoto(known, self.bits).argmax(1) if len(known) else torch.zeros(0)
-        return torch.cat((tower.cpu(), nearest[:, None].to(tower.cpu())), 1).numpy()
+        known = torch.from_numpy(bits).to(self.prior)
+        tower = self.fast.library(known, torch.from_numpy(counts).to(known.device))
+        nearest = tanimoto(known, self.bits).argmax(1) if len(known) else known.new_zeros(0)
+        return torch.cat((tower, nearest[:, None].to(tower)), 1).cpu().numpy()
 
     @torch.no_grad()
     def score(self, codes: np.ndarray) -> np.ndarray:
         """Fitness (n,) by the student."""
-        found = torch.from_numpy(np.asarray(codes, dtype=np.float32)).to(self.model.device)
+        found = torch.from_numpy(np.asarray(codes, dtype=np.float32)).to(self.prior.device)
         prior = self.prior[found[:, -1].long()]
-        target = self.model.fast.target(self.protein.expand(len(found), -1), prior)
-        return self.model.fast.combine(found[:, :-1], target)[0].cpu().numpy()
+        target = self.fast.target(self.protein.expand(len(found), -1), prior)
+        return self.fast.combine(found[:, :-1], target)[0].cpu().numpy()
 
 
 @torch.no_grad()
@@ -268,7 +274,10 @@ def screen_library(
     cache: Path,
     chunk: int = 8192,
     workers: int = 0,
-) -> Screened:
+    accelerator: str = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
+) -> Screened | None:
     """Student on all, structure model on the best, filters; writes the table and a picture.
 
     Args:
@@ -283,13 +292,21 @@ def screen_library(
         cache: Folder for encoded chunks.
         chunk: Rows of a chunk.
         workers: Further processes for fingerprints.
+        accelerator: Lightning's.
+        devices: Processes on each machine.
+        num_nodes: Machines.
+
+    Returns:
+        What was found; None in every process but the first, which alone writes.
     """
     pocket = site.pocket()
     scorer = StudentScorer(model, pocket, first_molecules(library, 500))
     found = screen(
         library, scorer, cache=cache, state=out / "state.json", top=top, chunk=chunk,
-        workers=workers,
+        workers=workers, accelerator=accelerator, devices=devices, num_nodes=num_nodes,
     )  # fmt: skip
+    if found is None:
+        return None
     actives = [] if known is None else [bit_vector(r.molecule) for r in read(known, Problems())]
     molecules = [Chem.MolFromSmiles(smiles) for smiles, _ in found.top.rows]
     again = teacher_fitness(model, molecules[:rescore], pocket).tolist()
