@@ -7,12 +7,16 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import psutil
 import pytest
+from matplotlib import image
 from rdkit import Chem
 
 from cohobate.core.testing import assert_one_line, run_command
+from cohobate.docking.aurobind.predict import scene as scene_of
 from cohobate.docking.data.molecules import Problems, read
+from cohobate.docking.data.receptors import find_pocket, heavy_atoms, read_receptor
 from cohobate.docking.data.sources import embedded_folder
 
 TAILS = ["O", "N", "c1ccccc1", "C(=O)Nc1ccccc1", "F", "C1CC", "c1ccncc1", "S(=O)(=O)N"]
@@ -92,3 +96,41 @@ def test_more_devices_than_there_are_is_one_line(words, tmp_path):
     wrong = words("CDK2", "wrong", "--accelerator", "gpu", "--devices", "99")
     assert_one_line(run_command(*wrong, domain="docking"), "1 × 99 × gpu")
     assert not (tmp_path / "wrong").exists()
+
+
+def test_poses_are_drawn_beside_their_file(run, tmp_path):
+    library = tmp_path / "ligands.smi"
+    library.write_text("".join(f"{'C' * (1 + i)}O m{i}\n" for i in range(7)) + "C1CC bad\n")
+    pocket = embedded_folder() / "CDK2.pocket.pdb.gz"
+    site = next(iter(read(embedded_folder() / "CDK2.poses.sdf.gz", Problems()))).molecule
+    (tmp_path / "site.sdf").write_text(Chem.SDWriter.GetText(site))
+    done = run_command(
+        "predict", "docking/aurobind", library, "--checkpoint", run / "5-student", "--receptor",
+        pocket, "--ligand", tmp_path / "site.sdf", "--steps", "2", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    seen = image.imread(tmp_path / "out" / "ligands.poses.png")
+    assert seen.shape[1] > seen.shape[0] > 1000, "two rows of three"
+    assert seen[..., :3].std() > 0.02
+
+
+def test_a_scene_holds_the_near_residues_and_their_contacts():
+    folder = embedded_folder()
+    posed = next(iter(read(folder / "CDK2.poses.sdf.gz", Problems()))).molecule
+    posed = Chem.RemoveHs(posed)
+    for name in ("pK_pred", "confidence", "_Name"):
+        posed.SetProp(name, name)
+    structure = read_receptor(folder / "CDK2.pocket.pdb.gz")
+    atoms = posed.GetConformer().GetPositions()
+    pocket = find_pocket(structure, ligand=atoms)
+    scene = scene_of(posed, pocket, heavy_atoms(structure, pocket))
+    assert "ASP 86" in scene.labels
+    assert len(scene.labels) == len(scene.residues) == len(scene.contacts) == 12
+    far = np.linalg.norm(scene.contacts[:, 0] - scene.contacts[:, 1], axis=1)
+    assert (np.diff(far) >= 0).all()
+    assert far[0] < 4
+    every = np.array([a.pos.tolist() for chain in structure[0] for r in chain for a in r])
+    assert far[0] == pytest.approx(np.linalg.norm(atoms[:, None] - every, axis=-1).min())
+    place = pocket.names.index(next(n for n in pocket.names if n.endswith(":86")))
+    shown = scene.residues[list(scene.labels).index("ASP 86")]
+    assert (shown == [pocket.ca[place], pocket.side[place]]).all()

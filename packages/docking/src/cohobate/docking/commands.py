@@ -92,7 +92,7 @@ def retrospective(
         targets: CSV with columns target, library, receptor, ligand and perhaps group; a library is
             CSV with columns smiles and label. Ligands known of the site are not counted.
         checkpoint: Runs of docking/aurobind; measures are averaged over them.
-        out: The JSON.
+        out: The JSON; a picture of the enrichment curves stands beside it.
         exclude: Column of the libraries that marks with 1 what the model was trained on.
         max_residues: Pockets are cut to these nearest to their centre; as in training.
         dock: Targets in which AutoDock Vina docks a sample as well.

@@ -30,11 +30,14 @@ from cohobate.docking.data.features import (
     pocket_features,
 )
 from cohobate.docking.data.molecules import Problems, largest_fragment, read
-from cohobate.docking.data.receptors import Pocket, find_pocket, read_receptor
+from cohobate.docking.data.receptors import Pocket, find_pocket, heavy_atoms, read_receptor
+from cohobate.docking.plots import Scene, closest, pocket_view
 from cohobate.docking.properties import Filters
 from cohobate.docking.screen import Screened, first_molecules, screen
 
 log = logging.getLogger("cohobate")
+
+_PANELS, _SHOWN, _REACH = 6, 12, 6.0  # molecules in a picture; residues of each, and how near, Å
 
 
 @dataclass(frozen=True)
@@ -85,16 +88,19 @@ def predict_poses(
 ) -> list[Path]:
     """Poses of all molecules of the files, one SDF for each file, best pose first.
 
+    Beside each SDF stands a picture of the first molecules in the pocket.
+
     Raises:
         InputError: No molecule of a file can be read.
     """
     pocket = site.pocket()
+    around = heavy_atoms(read_receptor(Path(site.receptor)), pocket)
     written = []
     for path in inputs:
         problems = Problems()
         target = out / f"{path.name.split('.')[0]}.poses.sdf"
         out.mkdir(parents=True, exist_ok=True)
-        count = 0
+        count, shown = 0, []
         with save_atomic(target) as temporary:
             with Chem.SDWriter(str(temporary)) as writer:
                 for record in read(path, problems):
@@ -102,13 +108,16 @@ def predict_poses(
                     if molecule.GetNumAtoms() == 0:
                         problems.add(path, record.place, "no heavy atom")
                         continue
-                    _write(model, writer, molecule, record.name, pocket, poses, steps, seed)
+                    best = _write(model, writer, molecule, record.name, pocket, poses, steps, seed)
+                    if len(shown) < _PANELS:
+                        shown.append(scene(best, pocket, around))
                     count += 1
             for line in problems.lines():
                 log.warning("%s", line)
             if not count:
                 raise InputError(f"{path}: no molecule could be read")
         log.info("%s: %d molecules, %d not readable", path, count, len(problems.found))
+        pocket_view(shown, target.with_suffix(".png"))
         written.append(target)
     return written
 
@@ -122,12 +131,14 @@ def _write(
     poses: int,
     steps: int,
     seed: int,
-) -> None:
+) -> Chem.Mol:
+    """Write a molecule's poses; gives the best."""
     molecule.RemoveAllConformers()
     one = Complex("target", name, molecule, pocket)
     batch = {k: v.to(model.device) for k, v in collate([one.features()]).items()}
     x, scores = best_poses(model.network, batch, poses, steps, seed=seed)
     fitness = float(model.network(batch)[0])
+    best = molecule
     for rank in range(poses):
         posed = relaxed(molecule, x[0, rank].cpu().double().numpy() + pocket.centre, seed)
         values = {
@@ -140,6 +151,32 @@ def _write(
         posed.SetIntProp("seed", seed)
         posed.SetProp("_Name", name)
         writer.write(posed)
+        best = posed if rank == 0 else best
+    return best
+
+
+def scene(posed: Chem.Mol, pocket: Pocket, around: list[tuple[str, np.ndarray]]) -> Scene:
+    """A pose and the residues nearest to it, for a picture.
+
+    Args:
+        posed: With its properties, as written.
+        pocket: Where it is.
+        around: From `cohobate.docking.data.receptors.heavy_atoms`.
+    """
+    atoms = posed.GetConformer().GetPositions()
+    distance, pairs = closest(atoms, [positions for _, positions in around])
+    near = [i for i in distance.argsort(kind="stable")[:_SHOWN] if distance[i] < _REACH]
+    chains = len({name.split(":")[0] for name in pocket.names}) > 1
+    numbers = [name if chains else name.split(":")[1] for name in pocket.names]
+    bonds = [(b.GetBeginAtomIdx(), b.GetEndAtomIdx()) for b in posed.GetBonds()]
+    about = f"pK {posed.GetProp('pK_pred')}, confidence {posed.GetProp('confidence')}"
+    return Scene(
+        f"{posed.GetProp('_Name')}\n{about}", atoms,
+        [atom.GetSymbol() for atom in posed.GetAtoms()],
+        np.array(bonds, dtype=np.int64).reshape(-1, 2),
+        [f"{around[i][0]} {numbers[i]}" for i in near],
+        np.stack((pocket.ca[near], pocket.side[near]), 1), pairs[near],
+    )  # fmt: skip
 
 
 def relaxed(molecule: Chem.Mol, pose: np.ndarray, seed: int, pull: float = 20.0) -> Chem.Mol:
