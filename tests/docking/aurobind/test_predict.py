@@ -68,12 +68,11 @@ def test_two_processes_write_the_files_of_one(words, tmp_path):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_what_is_left_of_a_killed_screen_ends_and_a_new_one_goes_on(words, tmp_path, how):
     library = tmp_path / "library.smi"
-    text = "".join(f"{'C' * (1 + i % 50)}{TAILS[i % 8]} m{i}\n" for i in range(40_000))
-    alone = words("CDK2", "one")
+    text = "".join(f"{'C' * (1 + i % 50)}{TAILS[i % 8]} m{i}\n" for i in range(20_000))
+    alone = words("CDK2", "one", "--chunk", "256")
+    two = program(words("CDK2", "two", "--chunk", "256", "--devices", "2"))
     library.write_text(text)
     assert run_command(*alone, domain="docking").code == 0
-    two = program([*words("CDK2", "two", "--devices", "2")])
-    library.write_text(text)
     state = tmp_path / "two" / "state-0-of-2.json"
     with subprocess.Popen(two, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
         while not state.exists():

@@ -151,8 +151,8 @@ def _pocket(axes: Axes, scene: Scene) -> None:
     axes.add_collection(LineCollection(list(residues), colors="0.75", linewidths=1, zorder=1))
     own = np.stack((residues[:, 1], contacts[:, 1]), 1)[near]  # from the residue to its atom
     axes.add_collection(LineCollection(list(own), colors="0.84", linewidths=1, zorder=0))
-    axes.scatter(*residues[:, 0].T, s=8, color="0.75", zorder=1)
-    axes.scatter(*residues[:, 1].T, s=16, color="0.6", zorder=1)
+    axes.scatter(residues[:, 0, 0], residues[:, 0, 1], s=8, color="0.75", zorder=1)
+    axes.scatter(residues[:, 1, 0], residues[:, 1, 1], s=16, color="0.6", zorder=1)
     axes.add_collection(
         LineCollection(
             list(contacts[near]), colors="0.35", linewidths=0.8, linestyles="dashed", zorder=2
@@ -168,7 +168,7 @@ def _pocket(axes: Axes, scene: Scene) -> None:
             linewidths=3, capstyle="round", zorder=3,
         )
     )  # fmt: skip
-    axes.scatter(*atoms.T, s=18, color=list(colours), zorder=4)
+    axes.scatter(atoms[:, 0], atoms[:, 1], s=18, color=list(colours), zorder=4)
     places = _spread(residues[:, 1], atoms)
     for label, place in zip(scene.labels, places, strict=True):
         axes.annotate(label, place, fontsize=7, color="0.25", ha="center", va="center", zorder=5)

@@ -100,7 +100,8 @@ def predict_poses(
         problems = Problems()
         target = out / f"{path.name.split('.')[0]}.poses.sdf"
         out.mkdir(parents=True, exist_ok=True)
-        count, shown = 0, []
+        count = 0
+        shown: list[Scene] = []
         with save_atomic(target) as temporary:
             with Chem.SDWriter(str(temporary)) as writer:
                 for record in read(path, problems):
