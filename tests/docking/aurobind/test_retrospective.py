@@ -7,12 +7,14 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib import image
 from rdkit import Chem
 
 from cohobate.core.errors import InputError
 from cohobate.core.runs import load_run
 from cohobate.core.testing import assert_one_line, run_command
 from cohobate.docking.aurobind.retrospective import (
+    SHARES,
     nearest,
     read_cases,
     read_library,
@@ -20,7 +22,7 @@ from cohobate.docking.aurobind.retrospective import (
 )
 from cohobate.docking.data.molecules import Problems, read
 from cohobate.docking.data.sources import embedded_folder
-from cohobate.docking.metrics import screening
+from cohobate.docking.metrics import recovery, screening
 
 SMILES = [f"{'C' * (1 + i % 6)}{tail}" for i, tail in enumerate(["O", "N", "c1ccccc1", "F"] * 6)]
 
@@ -79,6 +81,23 @@ def test_the_command_measures_every_scorer(run, table, tmp_path):
     assert first["measures"]["size"]["bedroc20"] > first["measures"]["size"]["auc"] / 2
     own, other = (first["measures"][k] for k in ("student", "other pocket"))
     assert all(np.isfinite(list(own.values()) + list(other.values())))
+    assert "curves" not in first, "they are drawn"
+    seen = image.imread(out.with_suffix(".png"))
+    assert seen.shape[1] > 2 * seen.shape[0], "two targets and their mean"
+    assert seen[..., :3].std() > 0.05
+
+
+def test_the_curves_are_those_of_every_scorer(run, table):
+    rows = retrospective(
+        [load_run(run / "5-student")], read_cases(table), max_residues=8, exclude="in_fep_set",
+        progress=False,
+    )  # fmt: skip
+    library = read_library(read_cases(table)[0], "in_fep_set")
+    x, y = recovery(library.similarity, library.label)
+    curves = rows[0]["curves"]
+    assert set(curves) == set(rows[0]["measures"])
+    np.testing.assert_allclose(curves["similarity"], np.interp(SHARES, x, y))
+    assert all(c[-1] == 1 and (np.diff(c) >= 0).all() for c in curves.values())
 
 
 @pytest.mark.parametrize(

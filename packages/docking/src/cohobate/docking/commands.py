@@ -28,6 +28,9 @@ def screen(
     filters: Filters = Filters(),
     chunk: int = 8192,
     workers: int = 0,
+    accelerator: str = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
 ) -> int | None:
     """Rank a library for a target: the student on all, the structure model on the best.
 
@@ -47,7 +50,10 @@ def screen(
         known: File of known actives, for the similarity column.
         filters: Property limits; what fails is marked.
         chunk: Rows read at a time.
-        workers: Further processes for fingerprints.
+        workers: Further processes for fingerprints, of each process.
+        accelerator: cpu, gpu, auto; as Lightning's.
+        devices: Processes on each machine, each on a device of its own.
+        num_nodes: Machines; see the paper's page.
     """
     from cohobate.core.runs import load_run
     from cohobate.docking.aurobind.predict import Site, screen_library
@@ -56,8 +62,11 @@ def screen(
     site = Site(receptor, ligand, centre, size, residues, max_residues)
     found = screen_library(
         model, library, site, out, top=top, rescore=rescore, filters=filters, known=known,
-        cache=cache, chunk=chunk, workers=workers,
+        cache=cache, chunk=chunk, workers=workers, accelerator=accelerator, devices=devices,
+        num_nodes=num_nodes,
     )  # fmt: skip
+    if found is None:
+        return None  # the first process speaks for all
     for line in found.problems.lines()[:20]:
         print(line)
     print(
@@ -83,7 +92,7 @@ def retrospective(
         targets: CSV with columns target, library, receptor, ligand and perhaps group; a library is
             CSV with columns smiles and label. Ligands known of the site are not counted.
         checkpoint: Runs of docking/aurobind; measures are averaged over them.
-        out: The JSON.
+        out: The JSON; a picture of the enrichment curves stands beside it.
         exclude: Column of the libraries that marks with 1 what the model was trained on.
         max_residues: Pockets are cut to these nearest to their centre; as in training.
         dock: Targets in which AutoDock Vina docks a sample as well.

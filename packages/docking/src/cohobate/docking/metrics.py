@@ -46,6 +46,26 @@ def enrichment(
     return np.array([hits[:n].mean() / hits.mean() for n in first])
 
 
+def recovery(score: ArrayLike, label: ArrayLike, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The enrichment curve: what is found by how much of the list.
+
+    Args:
+        score: Higher is better (n,).
+        label: 1 for actives (n,), at least one.
+        seed: Of the order of ties.
+
+    Returns:
+        Share of the list (n + 1,) from 0 to 1, and share of the actives in it (n + 1,).
+
+    Example:
+        >>> recovery([4.0, 3.0, 2.0, 1.0], [1, 0, 1, 0])[1].tolist()
+        [0.0, 0.5, 0.5, 1.0, 1.0]
+    """
+    hits = ranked(score, label, seed).astype(bool)
+    found = np.concatenate(([0], np.cumsum(hits)))
+    return np.linspace(0, 1, len(found)), found / found[-1]
+
+
 def screening(score: ArrayLike, label: ArrayLike, seed: int = 0) -> dict[str, float]:
     """Enrichment at 0.5, 1, 2, 5 and 10 %, BEDROC (20 and 80.5), ROC-AUC, average precision.
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from rdkit import Chem, ForceField  # noqa: F401 - older versions learn MMFF's classes from it
 from rdkit.Chem import rdForceFieldHelpers, rdMolAlign
-from torch import Tensor
+from torch import Tensor, nn
 
 from cohobate.core.errors import InputError
 from cohobate.core.io import save_atomic
@@ -30,11 +30,14 @@ from cohobate.docking.data.features import (
     pocket_features,
 )
 from cohobate.docking.data.molecules import Problems, largest_fragment, read
-from cohobate.docking.data.receptors import Pocket, find_pocket, read_receptor
+from cohobate.docking.data.receptors import Pocket, find_pocket, heavy_atoms, read_receptor
+from cohobate.docking.plots import Scene, closest, pocket_view
 from cohobate.docking.properties import Filters
 from cohobate.docking.screen import Screened, first_molecules, screen
 
 log = logging.getLogger("cohobate")
+
+_PANELS, _SHOWN, _REACH = 6, 12, 6.0  # molecules in a picture; residues of each, and how near, Å
 
 
 @dataclass(frozen=True)
@@ -85,16 +88,20 @@ def predict_poses(
 ) -> list[Path]:
     """Poses of all molecules of the files, one SDF for each file, best pose first.
 
+    Beside each SDF stands a picture of the first molecules in the pocket.
+
     Raises:
         InputError: No molecule of a file can be read.
     """
     pocket = site.pocket()
+    around = heavy_atoms(read_receptor(Path(site.receptor)), pocket)
     written = []
     for path in inputs:
         problems = Problems()
         target = out / f"{path.name.split('.')[0]}.poses.sdf"
         out.mkdir(parents=True, exist_ok=True)
         count = 0
+        shown: list[Scene] = []
         with save_atomic(target) as temporary:
             with Chem.SDWriter(str(temporary)) as writer:
                 for record in read(path, problems):
@@ -102,13 +109,16 @@ def predict_poses(
                     if molecule.GetNumAtoms() == 0:
                         problems.add(path, record.place, "no heavy atom")
                         continue
-                    _write(model, writer, molecule, record.name, pocket, poses, steps, seed)
+                    best = _write(model, writer, molecule, record.name, pocket, poses, steps, seed)
+                    if len(shown) < _PANELS:
+                        shown.append(scene(best, pocket, around))
                     count += 1
             for line in problems.lines():
                 log.warning("%s", line)
             if not count:
                 raise InputError(f"{path}: no molecule could be read")
         log.info("%s: %d molecules, %d not readable", path, count, len(problems.found))
+        pocket_view(shown, target.with_suffix(".png"))
         written.append(target)
     return written
 
@@ -122,12 +132,14 @@ def _write(
     poses: int,
     steps: int,
     seed: int,
-) -> None:
+) -> Chem.Mol:
+    """Write a molecule's poses; gives the best."""
     molecule.RemoveAllConformers()
     one = Complex("target", name, molecule, pocket)
     batch = {k: v.to(model.device) for k, v in collate([one.features()]).items()}
     x, scores = best_poses(model.network, batch, poses, steps, seed=seed)
     fitness = float(model.network(batch)[0])
+    best = molecule
     for rank in range(poses):
         posed = relaxed(molecule, x[0, rank].cpu().double().numpy() + pocket.centre, seed)
         values = {
@@ -140,6 +152,32 @@ def _write(
         posed.SetIntProp("seed", seed)
         posed.SetProp("_Name", name)
         writer.write(posed)
+        best = posed if rank == 0 else best
+    return best
+
+
+def scene(posed: Chem.Mol, pocket: Pocket, around: list[tuple[str, np.ndarray]]) -> Scene:
+    """A pose and the residues nearest to it, for a picture.
+
+    Args:
+        posed: With its properties, as written.
+        pocket: Where it is.
+        around: From `cohobate.docking.data.receptors.heavy_atoms`.
+    """
+    atoms = posed.GetConformer().GetPositions()
+    distance, pairs = closest(atoms, [positions for _, positions in around])
+    near = [i for i in distance.argsort(kind="stable")[:_SHOWN] if distance[i] < _REACH]
+    chains = len({name.split(":")[0] for name in pocket.names}) > 1
+    numbers = [name if chains else name.split(":")[1] for name in pocket.names]
+    bonds = [(b.GetBeginAtomIdx(), b.GetEndAtomIdx()) for b in posed.GetBonds()]
+    about = f"pK {posed.GetProp('pK_pred')}, confidence {posed.GetProp('confidence')}"
+    return Scene(
+        f"{posed.GetProp('_Name')}\n{about}", atoms,
+        [atom.GetSymbol() for atom in posed.GetAtoms()],
+        np.array(bonds, dtype=np.int64).reshape(-1, 2),
+        [f"{around[i][0]} {numbers[i]}" for i in near],
+        np.stack((pocket.ca[near], pocket.side[near]), 1), pairs[near],
+    )  # fmt: skip
 
 
 def relaxed(molecule: Chem.Mol, pose: np.ndarray, seed: int, pull: float = 20.0) -> Chem.Mol:
@@ -196,7 +234,7 @@ def _stereo(molecule: Chem.Mol) -> str:
     return str(Chem.MolToSmiles(seen))
 
 
-class StudentScorer:
+class StudentScorer(nn.Module):
     """The fast student on one target, for `cohobate.docking.screen.screen`.
 
     Args:
@@ -205,13 +243,18 @@ class StudentScorer:
         molecules: Molecules whose centroids the teacher looks at once, in this target.
     """
 
+    bits: Tensor
+    prior: Tensor
+    protein: Tensor
+
     def __init__(self, model: Any, pocket: Pocket, molecules: Sequence[Chem.Mol]) -> None:
+        super().__init__()
         if model.fast is None:
             raise InputError(f"stage {model.stage}: screening needs a run of the last stage")
-        self.model = model
+        self.fast = model.fast
         chosen = [molecules[i] for i in centroids(molecules, model.centroids)]
-        self.bits = torch.from_numpy(np.stack([fingerprint(m) for m in chosen])).float()
-        digest = hashlib.sha256(self.bits.numpy().tobytes())
+        bits = np.stack([fingerprint(m) for m in chosen])
+        digest = hashlib.sha256(bits.astype(np.float32).tobytes())
         for name, tensor in model.fast.state_dict().items():
             digest.update(name.encode() + tensor.cpu().numpy().tobytes())
         self.key = digest.hexdigest()
@@ -219,25 +262,26 @@ class StudentScorer:
         with torch.no_grad():
             batch = collate([Complex("target", "", m, pocket).features() for m in plain])
             batch = {k: v.to(model.device) for k, v in batch.items()}
-            self.prior = model.network.trunk(batch).pooled()
-        self.protein = pocket_features(pocket)["embedding"].to(model.device)
+            prior = model.network.trunk(batch).pooled()
+        self.register_buffer("bits", torch.from_numpy(bits).float())
+        self.register_buffer("prior", prior)
+        self.register_buffer("protein", pocket_features(pocket)["embedding"].to(model.device))
 
     @torch.no_grad()
     def encode(self, bits: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """The library tower's vectors, and the nearest centroid's number, (n, 2 width + 1)."""
-        device = self.model.device
-        known = torch.from_numpy(bits).float()
-        tower = self.model.fast.library(known.to(device), torch.from_numpy(counts).to(device))
-        nearest = tanimoto(known, self.bits).argmax(1) if len(known) else torch.zeros(0)
-        return torch.cat((tower.cpu(), nearest[:, None].to(tower.cpu())), 1).numpy()
+        known = torch.from_numpy(bits).to(self.prior)
+        tower = self.fast.library(known, torch.from_numpy(counts).to(known.device))
+        nearest = tanimoto(known, self.bits).argmax(1) if len(known) else known.new_zeros(0)
+        return torch.cat((tower, nearest[:, None].to(tower)), 1).cpu().numpy()
 
     @torch.no_grad()
     def score(self, codes: np.ndarray) -> np.ndarray:
         """Fitness (n,) by the student."""
-        found = torch.from_numpy(np.asarray(codes, dtype=np.float32)).to(self.model.device)
+        found = torch.from_numpy(np.asarray(codes, dtype=np.float32)).to(self.prior.device)
         prior = self.prior[found[:, -1].long()]
-        target = self.model.fast.target(self.protein.expand(len(found), -1), prior)
-        return self.model.fast.combine(found[:, :-1], target)[0].cpu().numpy()
+        target = self.fast.target(self.protein.expand(len(found), -1), prior)
+        return self.fast.combine(found[:, :-1], target)[0].cpu().numpy()
 
 
 @torch.no_grad()
@@ -268,7 +312,10 @@ def screen_library(
     cache: Path,
     chunk: int = 8192,
     workers: int = 0,
-) -> Screened:
+    accelerator: str = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
+) -> Screened | None:
     """Student on all, structure model on the best, filters; writes the table and a picture.
 
     Args:
@@ -283,13 +330,21 @@ def screen_library(
         cache: Folder for encoded chunks.
         chunk: Rows of a chunk.
         workers: Further processes for fingerprints.
+        accelerator: Lightning's.
+        devices: Processes on each machine.
+        num_nodes: Machines.
+
+    Returns:
+        What was found; None in every process but the first, which alone writes.
     """
     pocket = site.pocket()
     scorer = StudentScorer(model, pocket, first_molecules(library, 500))
     found = screen(
         library, scorer, cache=cache, state=out / "state.json", top=top, chunk=chunk,
-        workers=workers,
+        workers=workers, accelerator=accelerator, devices=devices, num_nodes=num_nodes,
     )  # fmt: skip
+    if found is None:
+        return None
     actives = [] if known is None else [bit_vector(r.molecule) for r in read(known, Problems())]
     molecules = [Chem.MolFromSmiles(smiles) for smiles, _ in found.top.rows]
     again = teacher_fitness(model, molecules[:rescore], pocket).tolist()

@@ -31,7 +31,8 @@ from cohobate.docking.aurobind.predict import Site, StudentScorer
 from cohobate.docking.data.features import bit_vector, centroids
 from cohobate.docking.data.molecules import Problems, largest_fragment, parse_smiles, read
 from cohobate.docking.data.receptors import Pocket
-from cohobate.docking.metrics import screening
+from cohobate.docking.metrics import recovery, screening
+from cohobate.docking.plots import enrichment_plot
 from cohobate.docking.screen import features
 
 log = logging.getLogger("cohobate")
@@ -40,6 +41,8 @@ MEASURES = {"ef1": "EF1 %", "bedroc20": "BEDROC20", "auc": "AUC"}
 SCORERS = ("student", "other pocket", "similarity", "size")
 _COLUMNS = ("target", "library", "receptor", "ligand")
 _SAMPLE = 500
+SHARES = np.geomspace(1e-3, 1, 91)
+"""Shares of the library at which the enrichment curve is drawn."""
 
 
 @dataclass(frozen=True)
@@ -199,8 +202,9 @@ def retrospective(
         progress: Whether to show a bar.
 
     Returns:
-        For each target its counts and ``measures``: scorer → measure → value; where Vina docked,
-        also ``docked``, the same on those molecules.
+        For each target its counts, ``measures``: scorer → measure → value, and ``curves``: scorer →
+        share of the actives found (S,) at `SHARES`; where Vina docked, also ``docked``, the
+        measures on those molecules.
 
     Raises:
         InputError: A file cannot be read, or there are fewer than two targets.
@@ -219,6 +223,7 @@ def retrospective(
             "target": case.name, "group": case.group, "molecules": len(library.label),
             "actives": int(library.label.sum()), "excluded": library.excluded,
             "unread": library.unread, "measures": _mean(every, library.label),
+            "curves": _curves(every, library.label),
         }  # fmt: skip
         if case.name in dock and docked:
             row["docked"] = _docked(case, library, every, docked, exhaustiveness)
@@ -227,7 +232,11 @@ def retrospective(
 
 
 def report(table: Sequence[dict[str, Any]], checkpoints: Sequence[Path], out: Path) -> None:
-    """Write the JSON: a row for each target and each group's mean, all scorers in one cell."""
+    """Write the JSON: a row for each target and each group's mean, all scorers in one cell.
+
+    The picture beside it has a panel of enrichment curves for each row.
+    """
+    panels = {row["target"]: row["curves"] for row in table}
     rows = [
         {
             "target": row["target"], **({"group": row["group"]} if row["group"] else {}),
@@ -244,6 +253,11 @@ def report(table: Sequence[dict[str, Any]], checkpoints: Sequence[Path], out: Pa
         }
         about = {"target": f"mean of {len(own)}", **({"group": group} if group else {})}
         rows.append({**about, "actives / molecules": "", **_cells(means)})
+        panels[", ".join(about.values())] = {
+            s: np.mean([r["curves"][s] for r in own], axis=0) for s in SCORERS
+        }
+    enrichment_plot(SHARES.tolist(), panels, out.with_suffix(".png"))
+    table = [{k: v for k, v in row.items() if k != "curves"} for row in table]
     _write(out, rows, table, checkpoints)
     docked = [
         {"target": row["target"], "actives / docked": row["docked"]["counts"]}
@@ -286,6 +300,14 @@ def _mean(every: Sequence[dict[str, np.ndarray]], label: np.ndarray) -> dict[str
     return {
         s: {name: float(np.mean([one[name] for one in values])) for name in MEASURES}
         for s, values in found.items()
+    }
+
+
+def _curves(every: Sequence[dict[str, np.ndarray]], label: np.ndarray) -> dict[str, np.ndarray]:
+    """Each scorer's enrichment curve, averaged over the models."""
+    return {
+        s: np.mean([np.interp(SHARES, *recovery(scores[s], label)) for scores in every], axis=0)
+        for s in every[0]
     }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,30 +84,38 @@ def read(path: Path, problems: Problems) -> Iterator[Record]:
             raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def rows(path: Path, problems: Problems) -> Iterator[tuple[str, str, str]]:
+def rows(
+    path: Path, problems: Problems, wanted: Callable[[int], bool] | None = None
+) -> Iterator[tuple[str, str, str] | None]:
     """The (SMILES, name, place) of a library, without parsing what is text.
 
     Args:
         path: As for `read`.
         problems: Gets what could not be read.
+        wanted: Whether the row of this number, from 0, is asked for; default every one.
+
+    Yields:
+        One for each row; None where it is not asked for, and where an SDF record cannot be read.
 
     Raises:
         InputError: The file cannot be read at all, or is of another kind.
     """
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    found: Iterator[tuple[str, str, str] | None]
     try:
         if suffix in (".smi", ".smiles"):
-            yield from _smiles_rows(path)
+            found = _smiles_rows(path)
         elif suffix == ".csv":
-            with _open(path) as file:
-                for smiles, name, place, _ in _columns(csv.DictReader(file), path, first=2):
-                    yield smiles, name, place
+            found = _csv_rows(path)
         elif suffix == ".parquet":
-            for smiles, name, place, _ in _columns(_parquet_rows(path), path, first=1):
-                yield smiles, name, place
+            found = (row[:3] for row in _columns(_parquet_rows(path), path, first=1))
+        elif suffix == ".sdf":
+            yield from _sdf_rows(path, problems, wanted)
+            return
         else:
-            for record in read(path, problems):
-                yield Chem.MolToSmiles(Chem.RemoveHs(record.molecule)), record.name, record.place
+            found = (_as_row(record) for record in read(path, problems))
+        for number, row in enumerate(found):
+            yield row if wanted is None or wanted(number) else None
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
@@ -209,23 +218,53 @@ def _parsed(
             yield Record(molecule, name, place, row)
 
 
+def _csv_rows(path: Path) -> Iterator[tuple[str, str, str]]:
+    with _open(path) as file:
+        for smiles, name, place, _ in _columns(csv.DictReader(file), path, first=2):
+            yield smiles, name, place
+
+
 def _sdf(path: Path, problems: Problems) -> Iterator[Record]:
+    for number, block in enumerate(_sdf_blocks(path), 1):
+        yield from _sdf_record(block, number, path, problems)
+
+
+def _sdf_rows(
+    path: Path, problems: Problems, wanted: Callable[[int], bool] | None
+) -> Iterator[tuple[str, str, str] | None]:
+    """A row for each record; what is not asked for is not parsed."""
+    for number, block in enumerate(_sdf_blocks(path)):
+        asked = wanted is None or wanted(number)
+        record = next(_sdf_record(block, number + 1, path, problems), None) if asked else None
+        yield None if record is None else _as_row(record)
+
+
+def _as_row(record: Record) -> tuple[str, str, str]:
+    return Chem.MolToSmiles(Chem.RemoveHs(record.molecule)), record.name, record.place
+
+
+def _sdf_blocks(path: Path) -> Iterator[bytes]:
+    """The records as they stand."""
+    lines: list[bytes] = []
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        supplier = Chem.ForwardSDMolSupplier(file, sanitize=False)
-        number = 0
-        while True:
-            try:
-                molecule = next(supplier)
-            except StopIteration:
-                return
-            number += 1
-            place = f"record {number}"
-            found = (None, "not an SDF record") if molecule is None else sanitised(molecule)
-            for good in _one(*found, path, place, problems):
-                if good.GetNumConformers() and good.GetConformer().Is3D():
-                    Chem.AssignStereochemistryFrom3D(good)
-                name = good.GetProp("_Name") if good.HasProp("_Name") else ""
-                yield Record(good, name or str(number), place, good.GetPropsAsDict())
+        for line in file:
+            lines.append(line)
+            if line.startswith(b"$$$$"):
+                yield b"".join(lines)
+                lines = []
+    if any(map(bytes.strip, lines)):
+        yield b"".join(lines)
+
+
+def _sdf_record(block: bytes, number: int, path: Path, problems: Problems) -> Iterator[Record]:
+    molecule = next(Chem.ForwardSDMolSupplier(io.BytesIO(block), sanitize=False), None)
+    place = f"record {number}"
+    found = (None, "not an SDF record") if molecule is None else sanitised(molecule)
+    for good in _one(*found, path, place, problems):
+        if good.GetNumConformers() and good.GetConformer().Is3D():
+            Chem.AssignStereochemistryFrom3D(good)
+        name = good.GetProp("_Name") if good.HasProp("_Name") else ""
+        yield Record(good, name or str(number), place, good.GetPropsAsDict())
 
 
 def _mol2(path: Path, problems: Problems) -> Iterator[Record]:

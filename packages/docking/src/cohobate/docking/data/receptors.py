@@ -199,6 +199,22 @@ def crop(structure: gemmi.Structure, pocket: Pocket) -> str:
     return small.make_pdb_string(gemmi.PdbWriteOptions(minimal=True))
 
 
+def heavy_atoms(structure: gemmi.Structure, pocket: Pocket) -> list[tuple[str, np.ndarray]]:
+    """Name, as in the file, and positions of the atoms (…, 3), Å, of each of a pocket's residues.
+
+    Args:
+        structure: From `read_receptor`, without hydrogens.
+        pocket: Of that structure.
+    """
+    found = {
+        f"{chain.name}:{residue.seqid}".replace(" ", ""): (residue.name, _positions(residue))
+        for chain in structure[0]
+        for residue in chain
+        if _protein(residue)
+    }
+    return [found[name] for name in pocket.names]
+
+
 def _protein(residue: gemmi.Residue) -> bool:
     return "CA" in residue and residue["CA"][0].element.name == "C" and "N" in residue
 
