@@ -17,6 +17,7 @@ from cohobate.core.errors import InputError
 from cohobate.core.io import save_atomic
 from cohobate.docking.aurobind import confidence, diffusion, losses
 from cohobate.docking.aurobind.network import Embedding, StructureModel, radial
+from cohobate.docking.aurobind.relax import relaxed
 from cohobate.docking.data.features import Batch, Complex
 from cohobate.docking.metrics import molecule_rmsd
 
