@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cohobate.core.catalog import papers
 from cohobate.core.errors import InputError
-from cohobate.core.io import fitting_weights, load_weights, save_atomic
+from cohobate.core.io import fitting_weights, load_weights, result_folder, save_atomic
 from cohobate.core.module import DistillModule
 from cohobate.core.recipes import Config, build_model
 from cohobate.core.runs import RunFolder, checkpoint_file, load_run, read_run_config, save_student
@@ -23,7 +23,12 @@ Format = Literal["safetensors", "onnx", "hub"]
 
 
 def export(
-    checkpoint: Path, kind: Format, out: Path | None = None, *, push: str | None = None
+    checkpoint: Path,
+    kind: Format,
+    out: Path | None = None,
+    *,
+    push: str | None = None,
+    paper: str | None = None,
 ) -> list[Path]:
     """Write a trained run's student.
 
@@ -32,27 +37,30 @@ def export(
         kind: ``safetensors`` (weights and config), ``onnx``, or ``hub`` (weights, config, card).
         out: Folder; default ``export`` in the run folder.
         push: ``owner/name`` of a Hub repository to upload the ``hub`` layout to.
+        paper: Name of the paper that the run must be of.
 
     Returns:
         The files written.
 
     Raises:
-        InputError: There is no such run, or the ONNX model disagrees with the student.
+        InputError: There is no such run, it is of another paper, ``out`` is no folder, or the ONNX
+            model disagrees with the student.
     """
-    file = checkpoint_file(checkpoint)
+    file = checkpoint_file(checkpoint, paper=paper)
     model = load_run(file)
     folder = out or file.parent / "export"
     if push is not None and kind != "hub":
         raise InputError("--push uploads the Hub layout: add --format hub")
-    if kind == "onnx":
-        path = folder / "student.onnx"
-        return [to_onnx(model.student, model.example_input(), path, open_axes=model.open_axes())]
-    config = read_run_config(file.parent)
-    written = _weights_and_config(model, config, RunFolder(file.parent), folder)
-    if kind == "hub":
-        written.append(_card(RunFolder(file.parent), folder))
-        if push is not None:
-            _upload(folder, push)
+    with result_folder(folder):
+        if kind == "onnx":
+            path, axes = folder / "student.onnx", model.open_axes()
+            return [to_onnx(model.student, model.example_input(), path, open_axes=axes)]
+        config = read_run_config(file.parent)
+        written = _weights_and_config(model, config, RunFolder(file.parent), folder)
+        if kind == "hub":
+            written.append(_card(RunFolder(file.parent), folder))
+    if push is not None:
+        _upload(folder, push)
     return written
 
 

@@ -10,6 +10,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from cohobate.core import catalog
 from cohobate.core.errors import InputError
+from cohobate.core.io import result_folder
 from cohobate.core.recipes import model_class, one_line, read_config
 from cohobate.core.runs import load_run
 
@@ -51,8 +52,14 @@ def main(recipe: catalog.Recipe, args: Sequence[str], prog: str, default_run: Pa
     for path in parsed.inputs:
         if not path.exists():
             raise InputError(f"{path}: no such file or folder")
-    model = load_run(parsed.checkpoint).to(_device(parsed.device))
-    with torch.inference_mode():
+    model = load_run(parsed.checkpoint, paper=recipe.paper.name)
+    if type(model).predict_files is not kind.predict_files:
+        raise InputError(
+            f"{parsed.checkpoint}: trained {type(model).__name__}, which is not used on files as "
+            f"{recipe.full_name} is ({kind.__name__})"
+        )
+    model = model.to(_device(parsed.device))
+    with result_folder(parsed.out), torch.inference_mode():
         written = model.predict_files(
             parsed.inputs, parsed.out, **{name: parsed[name] for name in options}
         )
