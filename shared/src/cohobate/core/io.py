@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 import zipfile
@@ -51,6 +52,13 @@ def save_atomic(path: Path) -> Iterator[Path]:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Write JSON that people can read too; whole or not at all, as `save_atomic`."""
+    with save_atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    return path
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
