@@ -26,8 +26,8 @@ from cohobate.core.module import DistillModule
 Config = dict[str, Any]
 """A LightningCLI config: ``model`` and ``data`` by class_path and init_args, ``trainer``, ..."""
 
-STAGE_KEYS = ("init_from", "shared")
-"""What a recipe's YAML says of its place among the stages."""
+STAGE_KEYS = ("init_from", "shared", "without")
+"""What YAML says of stages: where one starts, which all arms share, which an arm has no use for."""
 
 TRAINER_DEFAULTS: Config = {
     "accelerator": "auto",

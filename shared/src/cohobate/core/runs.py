@@ -314,12 +314,14 @@ def _finish(built: Recipe, model: DistillModule, run: RunFolder) -> None:
     with torch.no_grad():
         model.pictures(run.path)
     timer = next(c for c in built.trainer.callbacks if isinstance(c, StepTimer))  # type: ignore[attr-defined]
+    device = built.trainer.strategy.root_device  # the model itself has been moved to the CPU
     best = built.trainer.checkpoint_callback.best_model_score  # type: ignore[union-attr]
     run.note(
         status="finished",
         steps=built.trainer.global_step,
         step_seconds=timer.step_seconds,
-        peak_memory_bytes=peak_memory(model.device),
+        step_cpu_seconds=timer.step_cpu_seconds if device.type == "cpu" else None,
+        peak_memory_bytes=peak_memory(device),
         best={model.monitor: None if best is None else float(best)},
         test=results,
         evaluated=chosen.name,
