@@ -102,8 +102,9 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint by name.
 
     Args:
-        path: A file as in `load_checkpoint`; a nested ``state_dict``, ``model`` or ``ema`` entry is
-            unwrapped, so files written by Lightning and by most training scripts work.
+        path: A file as in `load_checkpoint`; an entry ``state_dict``, ``model_state_dict``,
+            ``model`` or ``module`` is unwrapped, so that files of Lightning and of most training
+            scripts work.
 
     Raises:
         InputError: As `load_checkpoint`, or nothing in the file is a tensor.

@@ -8,7 +8,7 @@ import logging
 import platform
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ import torch
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save
+from torch import Tensor
 
 from cohobate.core import catalog
 from cohobate.core.catalog import Stage
 from cohobate.core.errors import InputError
-from cohobate.core.io import fitting_weights, load_weights, save_atomic
+from cohobate.core.io import fitting_weights, load_weights, save_atomic, write_json
 from cohobate.core.module import DistillModule
 from cohobate.core.recipes import Config, Recipe, build_model, read_config, take_config_files
 from cohobate.core.training.checkpoints import (
@@ -86,9 +87,7 @@ class RunFolder:
 
     def note(self, **items: Any) -> None:
         """Add to ``run.json``."""
-        content = {**self.info, **items}
-        with save_atomic(self.path / "run.json") as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n")
+        write_json(self.path / "run.json", {**self.info, **items})
 
 
 def fit(
@@ -209,6 +208,27 @@ def load_run(checkpoint: Path) -> DistillModule:
     else:
         model.load_state_dict(fitting_weights(model, weights, file))
     return model.eval()
+
+
+def make_run(folder: Path, weights: Mapping[str, Tensor], model: Config, data: Config) -> None:
+    """Make a run folder of weights from elsewhere, for predict, validate and export.
+
+    Args:
+        folder: The run folder.
+        weights: The module's ``state_dict``.
+        model: Its ``class_path`` and ``init_args``.
+        data: Those of the data module.
+
+    Raises:
+        InputError: There is a run already.
+    """
+    run = RunFolder(folder)
+    if run.config.exists():
+        raise InputError(f"{folder}: there is a run already")
+    with save_atomic(run.best) as temporary:
+        torch.save({"state_dict": dict(weights)}, temporary)
+    with save_atomic(run.config) as temporary:
+        temporary.write_text(yaml.safe_dump({"model": model, "data": data}, sort_keys=False))
 
 
 def save_student(model: DistillModule, path: Path) -> None:
