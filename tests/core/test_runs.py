@@ -68,6 +68,17 @@ def test_what_came_from_the_data_is_read_back(trained: Path, fit) -> None:
     fit(trained)  # finished: its config is read and agreed to
 
 
+def test_weights_from_elsewhere_become_a_run(trained: Path, tmp_path: Path) -> None:
+    config, model = runs.read_run_config(trained), runs.load_run(trained)
+    folder = tmp_path / "run"
+    runs.make_run(folder, model.state_dict(), config["model"], config["data"])
+    taken = runs.load_run(folder).state_dict()
+    assert all(torch.equal(taken[name], value) for name, value in model.state_dict().items())
+    assert runs.validate(folder) == runs.validate(trained)
+    with pytest.raises(InputError, match=f"^{folder}: there is a run already$"):
+        runs.make_run(folder, model.state_dict(), config["model"], config["data"])
+
+
 def test_validation_may_be_rarer_than_epochs(fit, tmp_path: Path) -> None:
     out = fit(tmp_path / "run", "--trainer.check_val_every_n_epoch=2", "--trainer.max_epochs=3")
     assert load_checkpoint(out / "best.ckpt")["epoch"] == 1

@@ -10,7 +10,7 @@ from typing import Any
 from cohobate.core import catalog
 from cohobate.core.catalog import Stage
 from cohobate.core.errors import InputError
-from cohobate.core.io import save_atomic
+from cohobate.core.io import write_json
 from cohobate.core.recipes import Config, read_config
 
 
@@ -75,9 +75,7 @@ class RunFolder:
 
     def note(self, **items: Any) -> None:
         """Add to ``run.json``."""
-        content = {**self.info, **items}
-        with save_atomic(self.path / "run.json") as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n")
+        write_json(self.path / "run.json", {**self.info, **items})
 
 
 def stage_folders(recipe: catalog.Recipe, folder: Path) -> list[RunFolder]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import warnings
@@ -84,6 +85,13 @@ def result_folder(path: Path) -> Iterator[None]:
         raise
 
 
+def write_json(path: Path, content: Any) -> Path:
+    """Write JSON that people can read too; whole or not at all, as `save_atomic`."""
+    with save_atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    return path
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint as data: safetensors, or ``torch.load(weights_only=True)``.
 
@@ -125,8 +133,9 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint by name.
 
     Args:
-        path: A file as in `load_checkpoint`; a nested ``state_dict``, ``model`` or ``ema`` entry is
-            unwrapped, so files written by Lightning and by most training scripts work.
+        path: A file as in `load_checkpoint`; an entry ``state_dict``, ``model_state_dict``,
+            ``model`` or ``module`` is unwrapped, so that files of Lightning and of most training
+            scripts work.
 
     Raises:
         InputError: As `load_checkpoint`, or nothing in the file is a tensor.

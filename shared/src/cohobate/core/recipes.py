@@ -26,6 +26,9 @@ from cohobate.core.module import DistillModule
 Config = dict[str, Any]
 """A LightningCLI config: ``model`` and ``data`` by class_path and init_args, ``trainer``, ..."""
 
+STAGE_KEYS = ("shared", "without")
+"""What YAML says of stages to `compare`: which all arms share, which an arm has no use for."""
+
 TRAINER_DEFAULTS: Config = {
     "accelerator": "auto",
     "devices": 1,
@@ -131,7 +134,7 @@ class Recipe(LightningCLI):
         self._args = list(args)
         self._trainer_parts = trainer_parts
         self._classes = {key: config[key]["class_path"] for key in ("model", "data")}
-        short = {k: v for k, v in config.items() if k != "shared"}  # for `compare`
+        short = {k: v for k, v in config.items() if k not in STAGE_KEYS}
         model = model_class(config)
         data = import_class(self._classes["data"])
         for key in ("model", "data"):

@@ -7,7 +7,7 @@ import logging
 import platform
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save
+from torch import Tensor
 
 from cohobate.core import catalog
 from cohobate.core.catalog import Stage
@@ -137,6 +138,27 @@ def load_run(checkpoint: Path, *, paper: str | None = None) -> DistillModule:
     else:
         model.load_state_dict(fitting_weights(model, weights, file))
     return model.eval()
+
+
+def make_run(folder: Path, weights: Mapping[str, Tensor], model: Config, data: Config) -> None:
+    """Make a run folder of weights from elsewhere, for predict, validate and export.
+
+    Args:
+        folder: The run folder.
+        weights: The module's ``state_dict``.
+        model: Its ``class_path`` and ``init_args``.
+        data: Those of the data module.
+
+    Raises:
+        InputError: There is a run already.
+    """
+    run = RunFolder(folder)
+    if run.config.exists():
+        raise InputError(f"{folder}: there is a run already")
+    with save_atomic(run.best) as temporary:
+        torch.save({"state_dict": dict(weights)}, temporary)
+    with save_atomic(run.config) as temporary:
+        temporary.write_text(yaml.safe_dump({"model": model, "data": data}, sort_keys=False))
 
 
 def save_student(model: DistillModule, path: Path) -> None:
@@ -281,12 +303,14 @@ def _finish(built: Recipe, model: DistillModule, run: RunFolder) -> None:
     with torch.no_grad():
         model.pictures(run.path)
     timer = next(c for c in built.trainer.callbacks if isinstance(c, StepTimer))  # type: ignore[attr-defined]
+    device = built.trainer.strategy.root_device  # the model itself has been moved to the CPU
     best = built.trainer.checkpoint_callback.best_model_score  # type: ignore[union-attr]
     run.note(
         status="finished",
         steps=built.trainer.global_step,
         step_seconds=timer.step_seconds,
-        peak_memory_bytes=peak_memory(model.device),
+        step_cpu_seconds=timer.step_cpu_seconds if device.type == "cpu" else None,
+        peak_memory_bytes=peak_memory(device),
         best={model.monitor: None if best is None else float(best)},
         test=results,
         evaluated=chosen.name,
