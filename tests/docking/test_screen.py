@@ -30,6 +30,7 @@ class Linear:
     key = "linear"
 
     def __init__(self, seed: int = 0) -> None:
+        self.target = str(seed)
         self.weight = np.random.default_rng(seed).normal(size=8)
         self.encoded = 0
 
@@ -118,9 +119,53 @@ def test_a_second_target_computes_no_fingerprint(library, tmp_path, monkeypatch)
 
 def test_another_target_does_not_take_up_a_stopped_run(library, tmp_path):
     first = run(library, Linear(0), tmp_path / "same")
-    other = Linear(1)
-    other.key = "other"
-    assert best(run(library, other, tmp_path / "same")) != best(first)
+    fresh = run(library, Linear(1), tmp_path / "fresh")
+    other = run(library, Linear(1), tmp_path / "same")
+    assert best(other) == best(fresh) != best(first)
+
+
+def test_an_edited_library_is_not_ranked_as_before(library, tmp_path):
+    run(library, Linear(), tmp_path / "same")
+    text = library.read_text()
+    library.write_text(text.replace(" m1\n", " n1\n"))  # as long as before
+    assert best(run(library, Linear(), tmp_path / "same")) == best(
+        run(library, Linear(), tmp_path / "fresh")
+    )
+    library.write_text(text + "\nCCCCCCCCCCCCO new\n")
+    assert run(library, Linear(), tmp_path / "same").read == 65
+
+
+def test_a_salt_is_its_largest_fragment():
+    salt, free = engine.features(["[H]N(CC)[H].Cl"])[:2], engine.features(["CCN"])[:2]
+    for one, other in zip(salt, free, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_some_molecules_are_drawn_over_the_first_rows(library, tmp_path):
+    found = [Chem.MolToSmiles(m) for m in engine.some_molecules(library, 12)]
+    again = [Chem.MolToSmiles(m) for m in engine.some_molecules(library, 12)]
+    lines = [line.split()[0] for line in library.read_text().splitlines()]
+    good = [Chem.MolToSmiles(m) for m in map(Chem.MolFromSmiles, lines) if m is not None]
+    assert found == again
+    assert len(found) == 12
+    assert set(found) <= set(good)
+    assert not set(found) <= set(good[:12])
+    late = tmp_path / "late.smi"
+    late.write_text("C1CC\n" * 4 + "CCO\n")
+    assert len(engine.some_molecules(late, 5, among=4)) == 1, "the next rows are asked"
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"\x93NUMPY", b"[1, 2", b'{"99": "no"}'])
+def test_damaged_files_are_made_again(library, tmp_path, damage):
+    whole = run(library, Linear(), tmp_path / "whole")
+    for path in sorted((library.parent / "cache").iterdir())[:5]:
+        path.write_bytes(damage)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "state.json").write_bytes(damage)
+    again = run(library, Linear(), tmp_path / "damaged")
+    assert best(again) == best(whole)
+    assert again.problems.found == whole.problems.found
+    assert 0 < again.encoded < 8
 
 
 def test_processes_share_the_work(library, tmp_path):
@@ -145,8 +190,9 @@ def test_filters_say_why_and_keep_the_similarity():
 
     found = Filters().describe(aspirin, [bit_vector(aspirin)])
     assert found["similarity_to_known"] == 1.0
-    assert not found["passed"]
-    assert Filters(weight=100).describe(aspirin, [])["passed"]
+    assert (found["passed"], found["failed"]) == (False, "weight similarity")
+    free = Filters(weight=100).describe(aspirin, [])
+    assert (free["passed"], free["failed"], free["similarity_to_known"]) == (True, "", None)
 
 
 def test_two_processes_rank_as_one_also_after_a_kill(library, tmp_path):

@@ -34,7 +34,8 @@ def table(tmp_path):
     for target in ("CDK2", "F10"):
         folder = embedded_folder()
         known = next(iter(read(folder / f"{target}.poses.sdf.gz", Problems()))).molecule
-        (tmp_path / f"{target}.sdf").write_text(Chem.SDWriter.GetText(known))
+        posed = Chem.AddHs(known, addCoords=True)
+        (tmp_path / f"{target}.sdf").write_text(Chem.SDWriter.GetText(posed))
         receptor = tmp_path / f"{target}.pdb.gz"
         receptor.write_bytes((folder / f"{target}.pocket.pdb.gz").read_bytes())
         rows = [(s, int("c1" in s), 0) for s in dict.fromkeys(SMILES)]
@@ -53,7 +54,9 @@ def test_known_and_marked_molecules_do_not_count(table):
     assert (found.excluded, found.unread, len(found.smiles)) == (2, 1, count)
     assert found.label.sum() == sum("c1" in s for s in dict.fromkeys(SMILES))
     assert (found.similarity < 1).all()
-    assert len(read_library(read_cases(table)[0], "no such column").smiles) == count + 1
+    assert len(read_library(read_cases(table)[0], "").smiles) == count + 1
+    with pytest.raises(InputError, match=r"CDK2\.csv\.gz: no column in_fep "):
+        read_library(read_cases(table)[0], "in_fep")
 
 
 def test_similarity_is_that_of_the_nearest():
@@ -66,18 +69,20 @@ def test_similarity_is_that_of_the_nearest():
 def test_the_command_measures_every_scorer(run, table, tmp_path):
     out = tmp_path / "r.json"
     done = run_command(
-        "retrospective", table, "--checkpoint", f"[{run / '5-student'}]", "--out", out,
-        "--max_residues", "8", domain="docking",
+        "retrospective", table, "--checkpoint", run / "5-student", "--out", out, domain="docking",
     )  # fmt: skip
     assert done.code == 0, done.err
     content = json.loads(out.read_text())
-    assert [row["target"] for row in content["rows"]] == ["CDK2", "F10", "mean of 2"]
+    assert [row["target"] for row in content["rows"]] == ["CDK2", "F10", "mean of 2", "median of 2"]
     first = content["targets"][0]
     assert (first["excluded"], first["unread"]) == (2, 1)
     assert set(first["measures"]) == {"student", "other pocket", "similarity", "size"}
     library = read_library(read_cases(table)[0], "in_fep_set")
     wanted = screening(library.similarity, library.label)
-    assert first["measures"]["similarity"]["auc"] == pytest.approx(wanted["auc"])
+    assert first["measures"]["similarity"] == pytest.approx(wanted)
+    assert {"ef0.5", "ef2", "ef5", "ef10", "bedroc80", "aupr"} < set(wanted)
+    assert "labels are Vina scores" in done.out
+    assert "labels are Vina scores" in content["labels"][0]
     assert first["measures"]["size"]["bedroc20"] > first["measures"]["size"]["auc"] / 2
     own, other = (first["measures"][k] for k in ("student", "other pocket"))
     assert all(np.isfinite(list(own.values()) + list(other.values())))
@@ -119,10 +124,20 @@ def test_bad_libraries_are_one_line(run, table, tmp_path):
     for text, message in (
         ("smiles,label\nCCO,2\n", "line 2: label '2' is not 0 or 1"),
         ("smiles,label\nCCO,0\nCCN,0\n", "needs actives and others"),
+        ("structures,label\nCCO,0\nCCN,1\n", "no column smiles"),
+        ("smiles,active\nCCO,0\nCCN,1\n", "line 2: label 'None' is not 0 or 1"),
+        ("smiles,label\n", "no molecule could be read"),
+        ("smiles,label\nC1CC,0\nCC(,1\n", "no molecule could be read: .*line 2"),
     ):
         case.library.write_bytes(gzip.compress(text.encode()))
         with pytest.raises(InputError, match=message):
             read_library(case, "")
+    wrong = ["retrospective", table, "--checkpoint"]
+    outcome = run_command(*wrong, "[]", "--out", tmp_path / "r.json", domain="docking")
+    assert_one_line(outcome, "no checkpoint")
+    for out in (table / "r.json", tmp_path):
+        outcome = run_command(*wrong, run / "5-student", "--out", out, domain="docking")
+        assert_one_line(outcome, str(out if out == tmp_path else table))
     first = "\n".join(table.read_text().splitlines()[:2])
     table.write_text(first)
     words = ["retrospective", table, "--checkpoint", f"[{run / '5-student'}]"]

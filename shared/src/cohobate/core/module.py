@@ -37,11 +37,13 @@ class DistillModule(pl.LightningModule):
         from_data: Constructor arguments that the command fills from attributes of the data module.
         monitor: Metric that picks ``best.ckpt``.
         mode: Whether the monitored metric should be small (``min``) or large (``max``).
+        weights_file: The run's checkpoint that a trained module was read from.
     """
 
     from_data: ClassVar[tuple[str, ...]] = ()
     monitor: ClassVar[str] = "val/loss"
     mode: ClassVar[str] = "min"
+    weights_file: Path | None = None
 
     def __init__(
         self, *, distill: bool = True, weights: Mapping[str, float | Schedule] | None = None

@@ -137,6 +137,7 @@ def load_run(checkpoint: Path, *, paper: str | None = None) -> DistillModule:
         model.student.load_state_dict(fitting_weights(model.student, weights, file))
     else:
         model.load_state_dict(fitting_weights(model, weights, file))
+    model.weights_file = file
     return model.eval()
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
+from cohobate.core.errors import InputError
+from cohobate.core.io import result_folder
 from cohobate.docking.checks import check_poses
 from cohobate.docking.data.prepare import prepare
 from cohobate.docking.properties import Filters
@@ -19,9 +22,10 @@ def screen(
     centre: tuple[float, float, float] | None = None,
     size: tuple[float, float, float] = (20.0, 20.0, 20.0),
     residues: list[str] | None = None,
-    max_residues: int = 24,
+    max_residues: int | None = None,
     out: Path = Path("screen"),
     cache: Path = Path("screen/cache"),
+    format: Literal["csv", "parquet"] = "csv",
     top: int = 1000,
     rescore: int = 100,
     known: Path | None = None,
@@ -42,9 +46,10 @@ def screen(
         centre: … or the centre of a box, Å …
         size: … and its size …
         residues: … or the site's residues, A:123.
-        max_residues: The pocket is cut to these nearest to its centre; as in training.
-        out: Folder for ranking.csv, problems.csv and top.png; an existing one goes on.
+        max_residues: The pocket is cut to these nearest to its centre; default as in training.
+        out: Folder for the ranking, problems.csv and top.png; an existing one goes on.
         cache: Folder for the encoded library, shared by targets.
+        format: Of the ranking.
         top: How many molecules are kept.
         rescore: How many of them the structure model scores too.
         known: File of known actives, for the similarity column.
@@ -56,32 +61,35 @@ def screen(
         num_nodes: Machines; see the paper's page.
     """
     from cohobate.core.runs import load_run
-    from cohobate.docking.aurobind.predict import Site, screen_library
+    from cohobate.docking.aurobind.library import screen_library
+    from cohobate.docking.aurobind.predict import Site, Trained, pocket_size
 
-    model = load_run(checkpoint)
-    site = Site(receptor, ligand, centre, size, residues, max_residues)
+    model = load_run(checkpoint, paper="docking/aurobind")
+    site = Site(receptor, ligand, centre, size, residues, pocket_size(model, max_residues))
     found = screen_library(
         model, library, site, out, top=top, rescore=rescore, filters=filters, known=known,
-        cache=cache, chunk=chunk, workers=workers, accelerator=accelerator, devices=devices,
-        num_nodes=num_nodes,
+        cache=cache, kind=format, chunk=chunk, workers=workers, accelerator=accelerator,
+        devices=devices, num_nodes=num_nodes,
     )  # fmt: skip
     if found is None:
         return None  # the first process speaks for all
     for line in found.problems.lines()[:20]:
         print(line)
+    written = out / f"ranking.{format}"
     print(
-        f"{out / 'ranking.csv'}: {found.read} rows, {len(found.problems.found)} not readable, "
+        f"{written}: {found.read} rows, {len(found.problems.found)} not readable, "
         f"{found.encoded} chunks encoded"
     )
+    _say_source(Trained.of(model).source)
     return None
 
 
 def retrospective(
     targets: Path,
-    checkpoint: list[Path] = [Path("runs/aurobind")],  # noqa: B006 (read only)
+    checkpoint: list[Path] | Path = Path("runs/aurobind"),
     out: Path = Path("retrospective.json"),
     exclude: str = "in_fep_set",
-    max_residues: int = 24,
+    max_residues: int | None = None,
     dock: list[str] = [],  # noqa: B006 (read only)
     docked: int = 24,
     exhaustiveness: int = 8,
@@ -91,28 +99,41 @@ def retrospective(
     Args:
         targets: CSV with columns target, library, receptor, ligand and perhaps group; a library is
             CSV with columns smiles and label. Ligands known of the site are not counted.
-        checkpoint: Runs of docking/aurobind; measures are averaged over them.
+        checkpoint: A run of docking/aurobind, or a list of runs; measures are averaged over them.
         out: The JSON; a picture of the enrichment curves stands beside it.
-        exclude: Column of the libraries that marks with 1 what the model was trained on.
-        max_residues: Pockets are cut to these nearest to their centre; as in training.
+        exclude: Column of the libraries that marks with 1 what the model was trained on; '' for
+            none.
+        max_residues: Pockets are cut to these nearest to their centre; default as in training.
         dock: Targets in which AutoDock Vina docks a sample as well.
         docked: Molecules of that sample, one third actives.
         exhaustiveness: Vina's.
     """
     from cohobate.core.runs import load_run
     from cohobate.docking.aurobind import retrospective as known
+    from cohobate.docking.aurobind.predict import Trained
 
-    models = [load_run(path) for path in checkpoint]
-    table = known.retrospective(
-        models, known.read_cases(targets), max_residues=max_residues, exclude=exclude,
-        dock=dock, docked=docked, exhaustiveness=exhaustiveness,
-    )  # fmt: skip
-    known.report(table, checkpoint, out)
+    paths = checkpoint if isinstance(checkpoint, list) else [checkpoint]
+    models = [load_run(path, paper="docking/aurobind") for path in paths]
+    if out.is_dir():
+        raise InputError(f"{out}: a folder, not a file to write")
+    with result_folder(out.parent):
+        table = known.retrospective(
+            models, known.read_cases(targets), max_residues=max_residues, exclude=exclude,
+            dock=dock, docked=docked, exhaustiveness=exhaustiveness,
+        )  # fmt: skip
+        known.report(table, models, out)
     for row in table:
         text = ", ".join(f"{s} {v['auc']:.3f}" for s, v in row["measures"].items())
         print(f"{row['target']}: {row['actives']} of {row['molecules']} active; AUC: {text}")
     print(out)
+    for source in sorted({Trained.of(model).source for model in models}):
+        _say_source(source)
     return None
+
+
+def _say_source(source: str) -> None:
+    if source:
+        print(f"scores are on the scale of the labels trained on: {source}")
 
 
 COMMANDS: list[Callable[..., int | None]] = [check_poses, prepare, retrospective, screen]

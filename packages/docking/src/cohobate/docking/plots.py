@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
+from rdkit import Chem
+from rdkit.Chem import Draw
 
 from cohobate.core.io import save_atomic
 
@@ -87,12 +90,13 @@ def principal_plane(points: np.ndarray) -> np.ndarray:
     return np.where(largest < 0, -axes, axes)
 
 
-def pocket_view(scenes: Sequence[Scene], path: Path) -> Path:
+def pocket_view(scenes: Sequence[Scene], path: Path, title: str = "") -> Path:
     """Draw molecules in their pocket, each in its principal plane.
 
     Args:
         scenes: One for each panel, at most six; further ones are left out.
         path: The PNG.
+        title: Stands above all.
     """
     shown = scenes[:6]
     columns = min(3, len(shown))
@@ -100,11 +104,38 @@ def pocket_view(scenes: Sequence[Scene], path: Path) -> Path:
     figure = Figure(figsize=(4.6 * columns, 4.4 * rows), layout="constrained")
     for place, scene in enumerate(shown):
         _pocket(figure.add_subplot(rows, columns, place + 1), scene)
+    _head(figure, title)
+    return _save(figure, path)
+
+
+def molecule_grid(
+    molecules: Sequence[Chem.Mol], labels: Sequence[str], path: Path, title: str = ""
+) -> Path:
+    """Draw the formulas of molecules, four in a row.
+
+    Args:
+        molecules: At least one.
+        labels: What stands above each.
+        path: The PNG.
+        title: Stands above all.
+    """
+    columns = min(4, len(molecules))
+    rows = -(-len(molecules) // columns)
+    figure = Figure(figsize=(2.6 * columns, 2.6 * rows), layout="constrained")
+    for place, (molecule, label) in enumerate(zip(molecules, labels, strict=True)):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        axes.imshow(np.asarray(Draw.MolToImage(molecule, size=(480, 360))))
+        axes.set_title(label, fontsize=8)
+        axes.set_axis_off()
+    _head(figure, title)
     return _save(figure, path)
 
 
 def enrichment_plot(
-    share: Sequence[float], panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path
+    share: Sequence[float],
+    panels: Mapping[str, Mapping[str, Sequence[float]]],
+    path: Path,
+    title: str = "",
 ) -> Path:
     """Draw the share of actives found over the share of the library screened.
 
@@ -112,6 +143,7 @@ def enrichment_plot(
         share: Share of the library (S,), rising.
         panels: Title → scorer → share of the actives (S,); the first scorer's line is bold.
         path: The PNG.
+        title: Stands above all.
     """
     columns = min(5, len(panels))
     rows = -(-len(panels) // columns)
@@ -137,7 +169,8 @@ def enrichment_plot(
     handles, names = grid.flat[0].get_legend_handles_labels()
     figure.legend(
         [*handles[1:], handles[0]], [*names[1:], names[0]], loc="outside upper center",
-        ncols=min(len(names), columns + 2), fontsize=8,
+        ncols=min(len(names), columns + 2), fontsize=8, title=_wrapped(figure, title) or None,
+        title_fontsize=8,
     )  # fmt: skip
     return _save(figure, path)
 
@@ -199,6 +232,16 @@ def _spread(wanted: np.ndarray, atoms: np.ndarray, steps: int = 80) -> np.ndarra
             direction = apart / np.maximum(length, 1e-6)[..., None]
             places = places + 0.15 * (push[..., None] * direction * wide).sum(1)
     return places
+
+
+def _head(figure: Figure, title: str) -> None:
+    if title:
+        figure.suptitle(_wrapped(figure, title), fontsize=9)
+
+
+def _wrapped(figure: Figure, title: str) -> str:
+    """Lines as wide as the picture at most."""
+    return "\n".join(textwrap.wrap(title, int(13 * figure.get_figwidth())))
 
 
 def _save(figure: Figure, path: Path) -> Path:

@@ -9,6 +9,7 @@ from rdkit import Chem, DataStructs
 from rdkit.Chem import Descriptors, rdMolDescriptors
 
 from cohobate.docking.data.features import bit_vector
+from cohobate.docking.data.molecules import largest_fragment
 
 
 def esol(molecule: Chem.Mol) -> float:
@@ -52,21 +53,28 @@ class Filters:
     def describe(
         self, molecule: Chem.Mol, known: list[DataStructs.ExplicitBitVect]
     ) -> dict[str, Any]:
-        """Properties by name, the nearest similarity to ``known``, and whether all limits hold."""
-        values = {
+        """Properties by name, the nearest similarity to ``known``, and which limits do not hold.
+
+        Counter-ions do not count. Without known actives the similarity is ``None``, and no limit.
+        """
+        molecule = largest_fragment(molecule)
+        values: dict[str, Any] = {
             "weight": _weight(molecule), "logp": _logp(molecule),
             "donors": rdMolDescriptors.CalcNumHBD(molecule),
             "acceptors": rdMolDescriptors.CalcNumHBA(molecule), "logs": esol(molecule),
         }  # fmt: skip
-        near = 0.0
+        near = None
         if known:
             near = max(DataStructs.BulkTanimotoSimilarity(bit_vector(molecule), known))
-        passed = (
-            values["weight"] >= self.weight and values["logp"] <= self.logp
-            and values["donors"] <= self.donors and values["acceptors"] <= self.acceptors
-            and values["logs"] >= self.solubility and near <= self.similarity
-        )  # fmt: skip
-        return {**values, "similarity_to_known": near, "passed": passed}
+        broken = {
+            "weight": values["weight"] < self.weight, "logp": values["logp"] > self.logp,
+            "donors": values["donors"] > self.donors,
+            "acceptors": values["acceptors"] > self.acceptors,
+            "logs": values["logs"] < self.solubility,
+            "similarity": near is not None and near > self.similarity,
+        }  # fmt: skip
+        failed = " ".join(name for name, is_broken in broken.items() if is_broken)
+        return {**values, "similarity_to_known": near, "passed": not failed, "failed": failed}
 
 
 def _logp(molecule: Chem.Mol) -> float:

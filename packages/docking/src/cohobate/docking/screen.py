@@ -14,6 +14,7 @@ import itertools
 import json
 import logging
 import os
+import random
 import signal
 import threading
 import warnings
@@ -36,9 +37,17 @@ from tqdm import tqdm
 
 from cohobate.core.errors import InputError
 from cohobate.core.io import save_atomic
-from cohobate.docking.data.features import BITS, ELEMENTS, VERSION, atom_counts, fingerprint
+from cohobate.docking.data.features import (
+    BITS,
+    ELEMENTS,
+    VERSION,
+    atom_counts,
+    fingerprint,
+    parent,
+)
 from cohobate.docking.data.molecules import Problems, parse_smiles, rows
 
+log = logging.getLogger("cohobate")
 Row = tuple[str, str, str]
 
 
@@ -47,6 +56,8 @@ class Scorer(Protocol):
 
     key: str
     """Hash of the library tower's weights and of what else a chunk's code depends on."""
+    target: str
+    """Hash of what a score depends on beside its code: the pocket, the structure model."""
 
     def encode(self, bits: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Codes (n, D) of molecules from fingerprints (n, bits) and atom counts (n, elements)."""
@@ -257,7 +268,7 @@ class Screening(pl.LightningModule):
         self.library, self.scorer, self.cache, self.file = library, scorer, cache, state
         self.chunk, self.executor, self.progress = chunk, executor, progress
         self.part, self.parts = Part(Top(top)), list[Part]()
-        about = f"{VERSION} {scorer.key} {chunk} {top} {library.resolve()}"
+        about = f"{VERSION} {scorer.key} {scorer.target} {chunk} {top} {library.resolve()}"
         if library.exists():
             about += f" {library.stat().st_size} {library.stat().st_mtime_ns}"
         self.mark = hashlib.sha256(about.encode()).hexdigest()
@@ -335,15 +346,16 @@ def _take(
     text = "\n".join(smiles)
     key = hashlib.sha256(f"{VERSION} {scorer.key}\n{text}".encode()).hexdigest()[:32]
     path, errors = cache / f"{key}.npy", cache / f"{key}.json"
-    if not (path.exists() and errors.exists()):
+    known = _cached(path, errors, len(found))
+    if known is None:
         bits, counts, bad = features(smiles, executor)
-        codes: np.ndarray = scorer.encode(bits, counts).astype(np.float16)
+        known = scorer.encode(bits, counts).astype(np.float16), bad
         with save_atomic(path) as temporary, temporary.open("wb") as file:
-            np.save(file, codes)
+            np.save(file, known[0])
         with save_atomic(errors) as temporary:
             temporary.write_text(json.dumps(bad))
         part.encoded += 1
-    bad = {int(place): reason for place, reason in json.loads(errors.read_text()).items()}
+    codes, bad = known
     problems = Problems(list(chunk.unread))
     for i, reason in bad.items():
         problems.add(library, found[i][1][2], reason)
@@ -351,16 +363,28 @@ def _take(
     good = [one for i, one in enumerate(found) if i not in bad]
     if good:
         place = chunk.number * size + np.array([place for place, _ in good], dtype=np.int64)
-        score = scorer.score(np.load(path, mmap_mode="r"))
-        part.top.add(score, place, [(row[0], row[1]) for _, row in good])
+        part.top.add(scorer.score(codes), place, [(row[0], row[1]) for _, row in good])
     part.read += len(chunk.rows)
     part.done = chunk.number + 1
+
+
+def _cached(path: Path, errors: Path, count: int) -> tuple[np.ndarray, dict[int, str]] | None:
+    """Codes of a chunk and what could not be read of it; None where they are not whole."""
+    try:
+        codes: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        bad = {int(place): str(why) for place, why in json.loads(errors.read_text()).items()}
+    except (OSError, EOFError, ValueError, AttributeError):
+        return None
+    fits = codes.dtype == np.float16 and codes.ndim == 2 and len(codes) + len(bad) == count
+    return (codes, bad) if fits and set(bad) <= set(range(count)) else None
 
 
 def features(
     smiles: list[str], executor: Executor | None = None
 ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
     """Fingerprints (n, bits), atom counts (n, elements) of what parses, and why the rest does not.
+
+    Of a salt they are the largest fragment's, as for the structure model.
 
     Args:
         smiles: (m,).
@@ -387,6 +411,7 @@ def _features(smiles: list[str]) -> tuple[np.ndarray, np.ndarray, dict[int, str]
             if molecule is None:
                 bad[place] = " ".join(reason.split())
                 continue
+            molecule = parent(molecule)
             bits.append(fingerprint(molecule))
             counts.append(atom_counts(molecule))
     if not bits:
@@ -394,11 +419,24 @@ def _features(smiles: list[str]) -> tuple[np.ndarray, np.ndarray, dict[int, str]
     return np.stack(bits), np.stack(counts), bad
 
 
-def first_molecules(library: Path, count: int) -> list[Chem.Mol]:
-    """The first readable molecules of a library."""
+def some_molecules(library: Path, count: int, among: int = 8192) -> list[Chem.Mol]:
+    """Molecules drawn from a library's first rows; the same ones every time.
+
+    Args:
+        library: As for `screen`.
+        count: At most so many.
+        among: How many rows they are drawn from; the next ones where none of them is readable.
+
+    Raises:
+        InputError: The library has no molecule, or cannot be read.
+    """
     with rdBase.BlockLogs():
-        parsed = (parse_smiles(row[0])[0] for row in rows(library, Problems()) if row is not None)
-        return list(itertools.islice((m for m in parsed if m is not None), count))
+        for piece in _pieces(rows(library, Problems()), among):
+            random.Random(0).shuffle(piece)
+            parsed = (parse_smiles(row[0])[0] for row in piece if row is not None)
+            if found := list(itertools.islice((m for m in parsed if m is not None), count)):
+                return found
+    raise InputError(f"{library}: no molecule could be read")
 
 
 def _pieces(stream: Iterator[Row | None], size: int) -> Iterator[list[Row | None]]:
@@ -419,11 +457,17 @@ def _resume(state: Path, mark: str, part: Part) -> None:
     """Take back what a stopped run of the same screen had."""
     if not state.exists():
         return
-    found = json.loads(state.read_text())
-    if found.get("mark") != mark:
+    try:
+        found = json.loads(state.read_text())
+        if found["mark"] != mark:
+            return
+        top = Top(
+            part.top.size, np.array(found["score"], np.float32), np.array(found["place"], np.int64),
+            [(smiles, name) for smiles, name in found["rows"]],
+        )  # fmt: skip
+        problems = [(int(number), (a, b, c)) for number, (a, b, c) in found["problems"]]
+        done, read = int(found["done"]), int(found["read"])
+    except (ValueError, KeyError, TypeError):
+        log.warning("%s: damaged; the ranking starts again, codes come from the cache", state)
         return
-    part.top.score = np.array(found["score"], np.float32)
-    part.top.place = np.array(found["place"], np.int64)
-    part.top.rows = [(smiles, name) for smiles, name in found["rows"]]
-    part.problems = [(number, (a, b, c)) for number, (a, b, c) in found["problems"]]
-    part.done, part.read = found["done"], found["read"]
+    part.top, part.problems, part.done, part.read = top, problems, done, read

@@ -477,30 +477,34 @@ class AuroBind(DistillModule):
         centre: tuple[float, float, float] | None = None,
         size: tuple[float, float, float] = (20.0, 20.0, 20.0),
         residues: list[str] | None = None,
-        max_residues: int = 24,
+        max_residues: int | None = None,
         poses: int = 1,
         steps: int = 20,
         seed: int = 0,
+        ode: bool = False,
     ) -> list[Path]:
         """Pose molecules in a receptor's pocket: one SDF for each file, best pose first.
 
         Args:
             inputs: .sdf, .mol2, .smi, .csv or .parquet, also .gz.
-            out: Folder for the SDF files, with tags score, pK_pred, confidence, rank, seed.
+            out: Folder for the SDF files, with tags score, pK_pred (from the stage fitness on),
+                pK_source, confidence, rank, seed.
             receptor: .pdb, .cif or .pdbqt, also .gz.
             ligand: File of a reference ligand in the site …
             centre: … or the centre of a box, Å …
             size: … and its size …
             residues: … or the site's residues, A:123.
-            max_residues: The pocket is cut to these nearest to its centre; as in training.
+            max_residues: The pocket is cut to these nearest to its centre; default as in training.
             poses: Poses of each molecule.
             steps: Of the sampler.
             seed: Same seed, same file.
+            ode: Add no noise on the way; default is the paper's sampler.
 
         Returns:
             The files written.
         """
-        from cohobate.docking.aurobind.predict import Site, predict_poses
+        from cohobate.docking.aurobind.predict import Site, pocket_size, predict_poses
 
-        site = Site(receptor, ligand, centre, size, residues, max_residues)
-        return predict_poses(self, inputs, out, site, poses, steps, seed)
+        cut = pocket_size(self, max_residues)
+        site = Site(receptor, ligand, centre, size, residues, cut)
+        return predict_poses(self, inputs, out, site, poses=poses, steps=steps, seed=seed, ode=ode)

@@ -1,9 +1,9 @@
-"""A trained run on files: poses as SDF, and screens of libraries."""
+"""A trained run on files: poses as SDF, and the student on a target."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
+import inspect
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,26 +17,79 @@ from torch import Tensor, nn
 
 from cohobate.core.errors import InputError
 from cohobate.core.io import save_atomic
+from cohobate.core.runs import RunFolder, read_run_config
 from cohobate.docking.aurobind.relax import relaxed
 from cohobate.docking.aurobind.structure import best_poses
 from cohobate.docking.aurobind.targets import tanimoto
 from cohobate.docking.data.features import (
     Complex,
-    bit_vector,
     centroids,
     collate,
     fingerprint,
+    parent,
     pocket_features,
 )
-from cohobate.docking.data.molecules import Problems, largest_fragment, read
-from cohobate.docking.data.receptors import Pocket, find_pocket, heavy_atoms, read_receptor
+from cohobate.docking.data.module import ComplexData
+from cohobate.docking.data.molecules import Problems, Record, read
+from cohobate.docking.data.receptors import Pocket, crop, find_pocket, heavy_atoms, read_receptor
 from cohobate.docking.plots import Scene, closest, pocket_view
-from cohobate.docking.properties import Filters
-from cohobate.docking.screen import Screened, first_molecules, screen
 
 log = logging.getLogger("cohobate")
 
+_FITNESS = ("fitness", "preference", "student")  # the stages whose fitness head is trained
 _PANELS, _SHOWN, _REACH = 6, 12, 6.0  # molecules in a picture; residues of each, and how near, Å
+
+
+def at_least(least: int, **options: int | None) -> None:
+    """Refuse options that are smaller.
+
+    Raises:
+        InputError: One is.
+    """
+    for name, value in options.items():
+        if value is not None and value < least:
+            raise InputError(f"--{name} {value}: must be at least {least}")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run was trained with.
+
+    Attributes:
+        max_residues: Of its pockets.
+        max_atoms: Heavy atoms of its largest molecules.
+        source: Whose its labels are; empty where that is not known.
+    """
+
+    max_residues: int
+    max_atoms: int
+    source: str
+
+    @staticmethod
+    def of(model: Any) -> Trained:
+        """Read it from the folder of a run.
+
+        Raises:
+            InputError: The folder cannot be read, or the run's file lacks the structure model.
+        """
+        known = {k: v.default for k, v in inspect.signature(ComplexData).parameters.items()}
+        file, source = model.weights_file, ""
+        if file is not None:
+            if file.suffix == ".safetensors" and model.fast is not None:
+                raise InputError(f"{file}: the student alone; the run's checkpoint is needed")
+            known |= read_run_config(file.parent).get("data", {}).get("init_args", {})
+            source = RunFolder(file.parent).info.get("data", "").partition(": ")[0]
+        return Trained(known["max_residues"], known["max_atoms"], source)
+
+
+def pocket_size(model: Any, max_residues: int | None) -> int:
+    """Residues of a pocket: as asked for, else as in the run's training.
+
+    Raises:
+        InputError: None are asked for.
+    """
+    at_least(1, max_residues=max_residues)
+    return max_residues or Trained.of(model).max_residues
 
 
 @dataclass(frozen=True)
@@ -83,62 +136,108 @@ class Site:
 
 
 def predict_poses(
-    model: Any, inputs: Sequence[Path], out: Path, site: Site, poses: int, steps: int, seed: int
+    model: Any,
+    inputs: Sequence[Path],
+    out: Path,
+    site: Site,
+    *,
+    poses: int = 1,
+    steps: int = 20,
+    seed: int = 0,
+    ode: bool = False,
 ) -> list[Path]:
     """Poses of all molecules of the files, one SDF for each file, best pose first.
 
-    Beside each SDF stands a picture of the first molecules in the pocket.
+    Beside each SDF stand a picture of the first molecules in the pocket, and the pocket itself.
 
     Raises:
-        InputError: No molecule of a file can be read.
+        InputError: No molecule of a file can be posed, or two files would be written as one.
     """
+    at_least(1, poses=poses, steps=steps)
+    written = _targets(inputs, out)
+    known = Trained.of(model)
     pocket = site.pocket()
-    around = heavy_atoms(read_receptor(Path(site.receptor)), pocket)
-    written = []
-    for path in inputs:
+    structure = read_receptor(Path(site.receptor))
+    around = heavy_atoms(structure, pocket)
+    source = known.source if model.stage in _FITNESS else ""
+    if source:
+        log.warning("pK_pred is on the scale of the run's labels: %s", source)
+    for path, target in zip(inputs, written, strict=True):
         problems = Problems()
-        target = out / f"{path.name.split('.')[0]}.poses.sdf"
-        out.mkdir(parents=True, exist_ok=True)
         count = 0
         shown: list[Scene] = []
         with save_atomic(target) as temporary:
             with Chem.SDWriter(str(temporary)) as writer:
                 for record in read(path, problems):
-                    molecule = Chem.RemoveHs(largest_fragment(record.molecule))
-                    if molecule.GetNumAtoms() == 0:
-                        problems.add(path, record.place, "no heavy atom")
+                    try:
+                        molecule = _posable(record, known.max_atoms)
+                        found = _posed(model, molecule, pocket, poses, steps, seed, ode)
+                    except InputError as error:
+                        problems.add(path, record.place, str(error))
                         continue
-                    best = _write(model, writer, molecule, record.name, pocket, poses, steps, seed)
+                    for posed in found:
+                        posed.SetProp("_Name", record.name)
+                        if source:
+                            posed.SetProp("pK_source", source)
+                        writer.write(posed)
                     if len(shown) < _PANELS:
-                        shown.append(scene(best, pocket, around))
+                        shown.append(scene(found[0], pocket, around))
                     count += 1
             for line in problems.lines():
                 log.warning("%s", line)
             if not count:
-                raise InputError(f"{path}: no molecule could be read")
-        log.info("%s: %d molecules, %d not readable", path, count, len(problems.found))
-        pocket_view(shown, target.with_suffix(".png"))
-        written.append(target)
+                raise InputError(f"{path}: no molecule could be posed")
+        log.info("%s: %d molecules, %d not posed", path, count, len(problems.found))
+        pocket_view(shown, target.with_suffix(".png"), source and f"labels: {source}")
+        with save_atomic(_pocket_file(target)) as temporary:
+            temporary.write_text(crop(structure, pocket))
     return written
 
 
-def _write(
-    model: Any,
-    writer: Chem.SDWriter,
-    molecule: Chem.Mol,
-    name: str,
-    pocket: Pocket,
-    poses: int,
-    steps: int,
-    seed: int,
-) -> Chem.Mol:
-    """Write a molecule's poses; gives the best."""
+def _targets(inputs: Sequence[Path], out: Path) -> list[Path]:
+    """The SDF of each file: its name without what says its kind."""
+    found: dict[Path, Path] = {}
+    for path in inputs:
+        target = out / f"{Path(path.name.removesuffix('.gz')).stem}.poses.sdf"
+        if target in found:
+            raise InputError(f"{path}: its poses would overwrite those of {found[target]}")
+        found[target] = path
+    return list(found)
+
+
+def _pocket_file(target: Path) -> Path:
+    return target.with_name(f"{target.name.removesuffix('.poses.sdf')}.pocket.pdb")
+
+
+def _posable(record: Record, most: int) -> Chem.Mol:
+    """What is posed of a record.
+
+    Raises:
+        InputError: Nothing, or too much.
+    """
+    molecule = Chem.Mol(parent(record.molecule))
+    count = molecule.GetNumAtoms()
+    if count == 0:
+        raise InputError("no heavy atom")
+    if count > most:
+        raise InputError(f"{count} heavy atoms; the run was trained on at most {most}")
     molecule.RemoveAllConformers()
-    one = Complex("target", name, molecule, pocket)
+    return molecule
+
+
+def _posed(
+    model: Any, molecule: Chem.Mol, pocket: Pocket, poses: int, steps: int, seed: int, ode: bool
+) -> list[Chem.Mol]:
+    """A molecule's poses with their tags, the best first.
+
+    Raises:
+        InputError: One cannot be relaxed.
+    """
+    one = Complex("target", "", molecule, pocket)
     batch = {k: v.to(model.device) for k, v in collate([one.features()]).items()}
-    x, scores = best_poses(model.network, batch, poses, steps, seed=seed)
-    fitness = float(model.network(batch)[0])
-    best = molecule
+    x, scores = best_poses(model.network, batch, poses, steps, seed=seed, ode=ode)
+    fitness = float(model.network(batch)[0]) if model.stage in _FITNESS else None
+    found = []
     for rank in range(poses):
         posed = relaxed(molecule, x[0, rank].cpu().double().numpy() + pocket.centre, seed)
         values = {
@@ -146,13 +245,12 @@ def _write(
             "confidence": float(scores["ligand_plddt"][0, rank]),
         }  # fmt: skip
         for key, value in values.items():
-            posed.SetProp(key, f"{value:.4f}")
+            if value is not None:
+                posed.SetProp(key, f"{value:.4f}")
         posed.SetIntProp("rank", rank + 1)
         posed.SetIntProp("seed", seed)
-        posed.SetProp("_Name", name)
-        writer.write(posed)
-        best = posed if rank == 0 else best
-    return best
+        found.append(posed)
+    return found
 
 
 def scene(posed: Chem.Mol, pocket: Pocket, around: list[tuple[str, np.ndarray]]) -> Scene:
@@ -169,7 +267,9 @@ def scene(posed: Chem.Mol, pocket: Pocket, around: list[tuple[str, np.ndarray]])
     chains = len({name.split(":")[0] for name in pocket.names}) > 1
     numbers = [name if chains else name.split(":")[1] for name in pocket.names]
     bonds = [(b.GetBeginAtomIdx(), b.GetEndAtomIdx()) for b in posed.GetBonds()]
-    about = f"pK {posed.GetProp('pK_pred')}, confidence {posed.GetProp('confidence')}"
+    about = f"confidence {posed.GetProp('confidence')}"
+    if posed.HasProp("pK_pred"):
+        about = f"pK {posed.GetProp('pK_pred')}, {about}"
     return Scene(
         f"{posed.GetProp('_Name')}\n{about}", atoms,
         [atom.GetSymbol() for atom in posed.GetAtoms()],
@@ -197,20 +297,23 @@ class StudentScorer(nn.Module):
         if model.fast is None:
             raise InputError(f"stage {model.stage}: screening needs a run of the last stage")
         self.fast = model.fast
+        molecules = [parent(m) for m in molecules]
         chosen = [molecules[i] for i in centroids(molecules, model.centroids)]
         bits = np.stack([fingerprint(m) for m in chosen])
         digest = hashlib.sha256(bits.astype(np.float32).tobytes())
         for name, tensor in model.fast.state_dict().items():
             digest.update(name.encode() + tensor.cpu().numpy().tobytes())
         self.key = digest.hexdigest()
-        plain = [Chem.RemoveHs(largest_fragment(m)) for m in chosen]
         with torch.no_grad():
-            batch = collate([Complex("target", "", m, pocket).features() for m in plain])
+            batch = collate([Complex("target", "", m, pocket).features() for m in chosen])
             batch = {k: v.to(model.device) for k, v in batch.items()}
             prior = model.network.trunk(batch).pooled()
         self.register_buffer("bits", torch.from_numpy(bits).float())
         self.register_buffer("prior", prior)
         self.register_buffer("protein", pocket_features(pocket)["embedding"].to(model.device))
+        self.target = _hash(
+            *pocket_features(pocket).values(), *self.buffers(), *model.network.state_dict().values()
+        )
 
     @torch.no_grad()
     def encode(self, bits: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -229,6 +332,13 @@ class StudentScorer(nn.Module):
         return self.fast.combine(found[:, :-1], target)[0].cpu().numpy()
 
 
+def _hash(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(str(tuple(tensor.shape)).encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 @torch.no_grad()
 def teacher_fitness(model: Any, molecules: Sequence[Chem.Mol], pocket: Pocket) -> Tensor:
     """Fitness (n,) by the structure model."""
@@ -236,7 +346,7 @@ def teacher_fitness(model: Any, molecules: Sequence[Chem.Mol], pocket: Pocket) -
     for start in range(0, len(molecules), 16):
         batch = collate(
             [
-                Complex("target", "", Chem.RemoveHs(largest_fragment(m)), pocket).features()
+                Complex("target", "", parent(m), pocket).features()
                 for m in molecules[start : start + 16]
             ]
         )
@@ -244,92 +354,7 @@ def teacher_fitness(model: Any, molecules: Sequence[Chem.Mol], pocket: Pocket) -
     return torch.cat(found) if found else torch.zeros(0)
 
 
-def screen_library(
-    model: Any,
-    library: Path,
-    site: Site,
-    out: Path,
-    *,
-    top: int,
-    rescore: int,
-    filters: Filters,
-    known: Path | None,
-    cache: Path,
-    chunk: int = 8192,
-    workers: int = 0,
-    accelerator: str = "auto",
-    devices: int = 1,
-    num_nodes: int = 1,
-) -> Screened | None:
-    """Student on all, structure model on the best, filters; writes the table and a picture.
-
-    Args:
-        model: A run of the last stage.
-        library: The library.
-        site: Receptor and pocket.
-        out: Folder for ``ranking.csv``, ``problems.csv``, ``top.png``.
-        top: How many molecules are kept.
-        rescore: How many of them the structure model scores too.
-        filters: Property limits; what fails is kept and marked.
-        known: File of known actives for the similarity column.
-        cache: Folder for encoded chunks.
-        chunk: Rows of a chunk.
-        workers: Further processes for fingerprints.
-        accelerator: Lightning's.
-        devices: Processes on each machine.
-        num_nodes: Machines.
-
-    Returns:
-        What was found; None in every process but the first, which alone writes.
-    """
-    pocket = site.pocket()
-    scorer = StudentScorer(model, pocket, first_molecules(library, 500))
-    found = screen(
-        library, scorer, cache=cache, state=out / "state.json", top=top, chunk=chunk,
-        workers=workers, accelerator=accelerator, devices=devices, num_nodes=num_nodes,
-    )  # fmt: skip
-    if found is None:
-        return None
-    actives = [] if known is None else [bit_vector(r.molecule) for r in read(known, Problems())]
-    molecules = [Chem.MolFromSmiles(smiles) for smiles, _ in found.top.rows]
-    again = teacher_fitness(model, molecules[:rescore], pocket).tolist()
-    table = [
-        {
-            "rank": 0, "name": name, "smiles": smiles, "student": float(score),
-            "teacher": again[i] if i < len(again) else None,
-            **filters.describe(molecules[i], actives),
-        }
-        for i, ((smiles, name), score) in enumerate(
-            zip(found.top.rows, found.top.score, strict=True)
-        )
-    ]  # fmt: skip
-    table.sort(key=lambda row: (row["teacher"] is None, -(row["teacher"] or row["student"])))
-    for rank, row in enumerate(table, 1):
-        row["rank"] = rank
-    _table(out / "ranking.csv", table)
-    bad = [dict(zip(("file", "place", "reason"), p, strict=True)) for p in found.problems.found]
-    _table(out / "problems.csv", bad, ["file", "place", "reason"])
-    _grid(out / "top.png", table[:12])
-    return found
-
-
-def _table(path: Path, table: list[dict[str, Any]], names: list[str] | None = None) -> None:
-    with save_atomic(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names or list(table[0]))
-        writer.writeheader()
-        writer.writerows(table)
-
-
-def _grid(path: Path, table: list[dict[str, Any]]) -> None:
-    from rdkit.Chem import Draw
-
-    picture = Draw.MolsToGridImage(
-        [Chem.MolFromSmiles(row["smiles"]) for row in table], molsPerRow=4, subImgSize=(240, 200),
-        legends=[f"{row['rank']}: {row['name']} ({row['student']:.2f})" for row in table],
-        returnPNG=False,
-    )  # fmt: skip
-    with save_atomic(path) as temporary:
-        picture.save(temporary, "PNG")
-
-
-__all__ = ["Site", "StudentScorer", "predict_poses", "screen_library", "teacher_fitness"]
+__all__ = [
+    "Site", "StudentScorer", "Trained", "at_least", "pocket_size", "predict_poses",
+    "teacher_fitness",
+]  # fmt: skip

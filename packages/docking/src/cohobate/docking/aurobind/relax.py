@@ -22,6 +22,9 @@ def relaxed(molecule: Chem.Mol, pose: np.ndarray, seed: int, pull: float = 20.0)
         pose: Positions (A, 3), Å.
         seed: Of the conformer.
         pull: Strength of the springs, kcal/mol/Å².
+
+    Raises:
+        InputError: MMFF94 fails on it.
     """
     count = molecule.GetNumAtoms()
     raw = Chem.Conformer(count)
@@ -37,7 +40,10 @@ def relaxed(molecule: Chem.Mol, pose: np.ndarray, seed: int, pull: float = 20.0)
     wanted = _stereo(start)
     for strength in (pull, pull / 10, 0.0):
         made = Chem.Mol(start)
-        _pull(made, pose, strength)
+        try:
+            _pull(made, pose, strength)
+        except RuntimeError as error:  # such as for one atom alone
+            raise InputError(f"cannot be relaxed: {str(error).strip().splitlines()[0]}") from None
         if _stereo(made) == wanted:
             break
     return Chem.RemoveHs(made)

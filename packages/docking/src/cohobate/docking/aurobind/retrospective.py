@@ -21,19 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rdkit import DataStructs
+import torch
+from rdkit import Chem
 from tqdm import tqdm
 
 from cohobate.core.errors import InputError
 from cohobate.core.io import save_atomic
 from cohobate.docking import vina
-from cohobate.docking.aurobind.predict import Site, StudentScorer
-from cohobate.docking.data.features import bit_vector, centroids
+from cohobate.docking.aurobind.predict import Site, StudentScorer, Trained, at_least, pocket_size
+from cohobate.docking.aurobind.targets import tanimoto
+from cohobate.docking.data.features import atom_counts, centroids, fingerprint, parent
 from cohobate.docking.data.molecules import Problems, largest_fragment, parse_smiles, read
 from cohobate.docking.data.receptors import Pocket
 from cohobate.docking.metrics import recovery, screening
 from cohobate.docking.plots import enrichment_plot
-from cohobate.docking.screen import features
 
 log = logging.getLogger("cohobate")
 
@@ -51,7 +52,8 @@ class Case:
 
     Attributes:
         name: Of the target.
-        library: CSV with columns ``smiles`` and ``label`` (1 active, 0 not), also ``.gz``.
+        library: CSV with columns ``smiles`` and ``label`` (1 active, 0 not), also ``.gz``; or
+            parquet, or SDF with such a tag.
         receptor: The protein.
         ligand: Ligands known of the site: the first says where it is, and none is counted.
         group: Means are taken over each group, such as targets seen in training.
@@ -123,30 +125,43 @@ def read_library(case: Case, exclude: str) -> Library:
 
     Args:
         case: Whose.
-        exclude: Name of the column that marks what the model was trained on.
+        exclude: Name of the column that marks what the model was trained on; empty for none.
 
     Raises:
-        InputError: A label is missing or not 0 or 1, or nothing or only one kind is left.
+        InputError: A column is missing, a label is not 0 or 1, or nothing or only one kind is left.
     """
     problems = Problems()
-    smiles, labels, marked = [], [], []
-    for place, row in _rows(case.library):
-        if row.get("label") not in ("0", "1"):
-            raise InputError(f"{case.library}: {place}: label {row.get('label')!r} is not 0 or 1")
-        smiles.append(row.get("smiles") or "")
-        labels.append(int(row["label"]))
-        marked.append(row.get(exclude) == "1")
-    bits, counts, bad = features(smiles)
-    good = np.array([i for i in range(len(smiles)) if i not in bad], dtype=np.int64)
-    known = [bit_vector(r.molecule) for r in read(case.ligand, problems)]
-    near = nearest(bits, np.stack([_array(k) for k in known]))
-    kept = ~np.array(marked, bool)[good] & (near < 1)
-    label = np.array(labels)[good][kept]
-    if label.min(initial=1) == label.max(initial=0):
+    smiles, labels, marked, bits, counts = [], [], [], [], []
+    for record in read(case.library, problems):
+        label = str(record.row.get("label"))
+        if label not in ("0", "1"):
+            raise InputError(f"{case.library}: {record.place}: label {label!r} is not 0 or 1")
+        if exclude and exclude not in record.row:
+            raise InputError(
+                f"{case.library}: no column {exclude} (exclude; '' where nothing is to be left out)"
+            )
+        molecule = parent(record.molecule)
+        smiles.append(Chem.MolToSmiles(molecule))
+        labels.append(int(label))
+        marked.append(bool(exclude) and str(record.row[exclude]) == "1")
+        bits.append(fingerprint(molecule))
+        counts.append(atom_counts(molecule))
+    if not smiles:
+        why = f": {problems.lines()[0]}" if problems.found else ""
+        raise InputError(f"{case.library}: no molecule could be read{why}")
+    unread = len(problems.found)
+    known = [fingerprint(parent(r.molecule)) for r in read(case.ligand, problems)]
+    if not known:
+        raise InputError(f"{case.ligand}: no molecule could be read")
+    every = np.stack(bits)
+    near = nearest(every, np.stack(known))
+    kept = ~np.array(marked) & (near < 1)
+    active = np.array(labels)[kept]
+    if len(np.unique(active)) < 2:
         raise InputError(f"{case.library}: needs actives and others beside the known ligands")
     return Library(
-        [smiles[i] for i in good[kept]], label, bits[kept], counts[kept], near[kept],
-        int((~kept).sum()), len(bad),
+        [smiles[i] for i in np.flatnonzero(kept)], active, every[kept], np.stack(counts)[kept],
+        near[kept], int((~kept).sum()), unread,
     )  # fmt: skip
 
 
@@ -157,13 +172,12 @@ def nearest(bits: np.ndarray, known: np.ndarray, rows: int = 8192) -> np.ndarray
         >>> nearest(np.array([[1, 1, 0]]), np.array([[1, 0, 0], [0, 0, 1]])).tolist()
         [0.5]
     """
-    own, size = known.astype(np.float32), known.sum(1, dtype=np.float32)
-    found = []
-    for start in range(0, len(bits), rows):
-        some = bits[start : start + rows].astype(np.float32)
-        both = some @ own.T
-        found.append((both / np.maximum(some.sum(1)[:, None] + size - both, 1)).max(1))
-    return np.concatenate(found) if found else np.zeros(0, np.float32)
+    own = torch.from_numpy(known).float()
+    found = [
+        tanimoto(torch.from_numpy(bits[i : i + rows]).float(), own).amax(1)
+        for i in range(0, len(bits), rows)
+    ]
+    return torch.cat(found).numpy() if found else np.zeros(0, np.float32)
 
 
 def scores_of(model: Any, library: Library, own: Pocket, other: Pocket) -> dict[str, np.ndarray]:
@@ -182,9 +196,9 @@ def retrospective(
     models: Sequence[Any],
     cases: Sequence[Case],
     *,
-    max_residues: int,
+    max_residues: int | None = None,
     exclude: str,
-    docked: int = 0,
+    docked: int = 24,
     dock: Sequence[str] = (),
     exhaustiveness: int = 8,
     progress: bool = True,
@@ -194,7 +208,7 @@ def retrospective(
     Args:
         models: Runs of the last stage; their measures are averaged.
         cases: The libraries. The control's pocket is that of the next one.
-        max_residues: The pocket is cut to these nearest to its centre; as in training.
+        max_residues: Pockets are cut to these nearest to their centre; default as in each training.
         exclude: See `read_library`.
         docked: Molecules, one third actives, that AutoDock Vina docks as well …
         dock: … for these targets.
@@ -207,34 +221,45 @@ def retrospective(
         measures on those molecules.
 
     Raises:
-        InputError: A file cannot be read, or there are fewer than two targets.
+        InputError: A file cannot be read, or there are no model or fewer than two targets.
     """
+    at_least(1, docked=docked, exhaustiveness=exhaustiveness)
+    if not models:
+        raise InputError("retrospective: no checkpoint")
     if len(cases) < 2:
         raise InputError("retrospective: the control needs a second target")
     if unknown := sorted(set(dock) - {case.name for case in cases}):
         raise InputError(f"retrospective: no target {unknown[0]} to dock into")
-    sites = [Site(c.receptor, c.ligand, max_residues=max_residues).pocket() for c in cases]
+    sizes = [pocket_size(model, max_residues) for model in models]
+    pockets = {
+        size: [Site(c.receptor, c.ligand, max_residues=size).pocket() for c in cases]
+        for size in set(sizes)
+    }
     table = []
     for place, case in enumerate(tqdm(cases, disable=not progress, unit="target")):
         library = read_library(case, exclude)
-        other = sites[(place + 1) % len(sites)]
-        every = [scores_of(model, library, sites[place], other) for model in models]
+        other = (place + 1) % len(cases)
+        every = [
+            scores_of(model, library, pockets[size][place], pockets[size][other])
+            for model, size in zip(models, sizes, strict=True)
+        ]
         row: dict[str, Any] = {
             "target": case.name, "group": case.group, "molecules": len(library.label),
             "actives": int(library.label.sum()), "excluded": library.excluded,
             "unread": library.unread, "measures": _mean(every, library.label),
             "curves": _curves(every, library.label),
         }  # fmt: skip
-        if case.name in dock and docked:
+        if case.name in dock:
             row["docked"] = _docked(case, library, every, docked, exhaustiveness)
         table.append(row)
     return table
 
 
-def report(table: Sequence[dict[str, Any]], checkpoints: Sequence[Path], out: Path) -> None:
-    """Write the JSON: a row for each target and each group's mean, all scorers in one cell.
+def report(table: Sequence[dict[str, Any]], models: Sequence[Any], out: Path) -> None:
+    """Write the JSON: a row for each target, each group's mean and median, all scorers in one cell.
 
-    The picture beside it has a panel of enrichment curves for each row.
+    Under ``targets`` it has every measure. The picture beside it has a panel of enrichment curves
+    for each target and each group's mean.
     """
     panels = {row["target"]: row["curves"] for row in table}
     rows = [
@@ -247,18 +272,22 @@ def report(table: Sequence[dict[str, Any]], checkpoints: Sequence[Path], out: Pa
     ]  # fmt: skip
     for group in dict.fromkeys(row["group"] for row in table):
         own = [row for row in table if row["group"] == group]
-        means = {
-            s: {m: float(np.mean([r["measures"][s][m] for r in own])) for m in MEASURES}
-            for s in SCORERS
-        }
-        about = {"target": f"mean of {len(own)}", **({"group": group} if group else {})}
-        rows.append({**about, "actives / molecules": "", **_cells(means)})
-        panels[", ".join(about.values())] = {
+        for name, of in (("mean", np.mean), ("median", np.median)):
+            middle = {
+                s: {m: float(of([r["measures"][s][m] for r in own])) for m in MEASURES}
+                for s in SCORERS
+            }
+            about = {"target": f"{name} of {len(own)}", **({"group": group} if group else {})}
+            rows.append({**about, "actives / molecules": "", **_cells(middle)})
+        panels[", ".join(filter(None, (f"mean of {len(own)}", group)))] = {
             s: np.mean([r["curves"][s] for r in own], axis=0) for s in SCORERS
         }
-    enrichment_plot(SHARES.tolist(), panels, out.with_suffix(".png"))
+    sources = sorted({source for model in models if (source := Trained.of(model).source)})
+    title = f"labels trained on: {', '.join(sources)}" if sources else ""
+    enrichment_plot(SHARES.tolist(), panels, out.with_suffix(".png"), title)
     table = [{k: v for k, v in row.items() if k != "curves"} for row in table]
-    _write(out, rows, table, checkpoints)
+    runs = {"runs": len(models), "labels": sources}
+    _write(out, {**runs, "rows": rows, "targets": table})
     docked = [
         {"target": row["target"], "actives / docked": row["docked"]["counts"]}
         | {f"AUC: {s}": f"{v['auc']:.3f}" for s, v in row["docked"]["measures"].items()}
@@ -266,21 +295,16 @@ def report(table: Sequence[dict[str, Any]], checkpoints: Sequence[Path], out: Pa
         if "docked" in row
     ]
     if docked:
-        _write(out.with_name(f"{out.stem}-vina.json"), docked, [], checkpoints)
+        _write(out.with_name(f"{out.stem}-vina.json"), {**runs, "rows": docked})
 
 
-def _write(
-    out: Path, rows: list[dict[str, Any]], table: Sequence[dict[str, Any]], runs: Sequence[Path]
-) -> None:
+def _write(out: Path, found: dict[str, Any]) -> None:
     content = {
         "command": shlex.join(["cohobate-docking", *sys.argv[1:]]),
         "machine": platform.machine(),
         "versions": {name: version(name) for name in ("torch", "rdkit", "cohobate-docking")},
-        "runs": len(runs),
-        "rows": rows,
-        **({"targets": list(table)} if table else {}),
+        **found,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
     with save_atomic(out) as temporary:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
@@ -298,7 +322,7 @@ def _mean(every: Sequence[dict[str, np.ndarray]], label: np.ndarray) -> dict[str
     """Each scorer's measures, averaged over the models."""
     found = {s: [screening(scores[s], label) for scores in every] for s in every[0]}
     return {
-        s: {name: float(np.mean([one[name] for one in values])) for name in MEASURES}
+        s: {name: float(np.mean([one[name] for one in values])) for name in values[0]}
         for s, values in found.items()
     }
 
@@ -349,23 +373,6 @@ def _student(scorer: StudentScorer, library: Library, rows: int = 8192) -> np.nd
         for i in range(0, len(library.bits), rows)
     ]
     return np.concatenate(parts)
-
-
-def _rows(path: Path) -> Any:
-    import gzip
-
-    try:
-        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
-            for number, row in enumerate(csv.DictReader(file), 2):
-                yield f"line {number}", row
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _array(bits: DataStructs.ExplicitBitVect) -> np.ndarray:
-    found = np.zeros(bits.GetNumBits(), np.uint8)
-    DataStructs.ConvertToNumpyArray(bits, found)
-    return found
 
 
 __all__ = ["Case", "Library", "nearest", "read_cases", "read_library", "report", "retrospective"]

@@ -11,14 +11,15 @@ from rdkit import Chem, DataStructs
 from rdkit.Chem import rdFingerprintGenerator
 from torch import Tensor
 
+from cohobate.docking.data.molecules import largest_fragment
 from cohobate.docking.data.receptors import Pocket
 
 BITS = 1024
 ELEMENTS = 119
 TOPOLOGY = 8
 POCKET_CHANNELS = 21 + 16
-VERSION = "ecfp4-1024-1"
-"""Changes whenever fingerprints would; part of the key of cached libraries."""
+VERSION = "ecfp4-1024-2"
+"""Changes whenever a molecule's features would; part of the key of cached libraries."""
 
 _BONDS = {
     Chem.BondType.SINGLE: 1, Chem.BondType.DOUBLE: 2, Chem.BondType.TRIPLE: 3,
@@ -42,6 +43,12 @@ def fingerprint(molecule: Chem.Mol) -> np.ndarray:
 def bit_vector(molecule: Chem.Mol) -> DataStructs.ExplicitBitVect:
     """ECFP4 as rdkit compares it."""
     return _MORGAN.GetFingerprint(molecule)
+
+
+def parent(molecule: Chem.Mol) -> Chem.Mol:
+    """What is scored of a molecule: its largest fragment, without hydrogens."""
+    part = largest_fragment(molecule)
+    return Chem.RemoveHs(part) if part.GetNumHeavyAtoms() < part.GetNumAtoms() else part
 
 
 def atom_counts(molecule: Chem.Mol) -> np.ndarray:
