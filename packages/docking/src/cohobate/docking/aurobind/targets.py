@@ -25,7 +25,8 @@ class Answers:
         fitness: The teacher's, pK (n,); another model is asked about what is learned from alone,
             the rest is NaN.
         hidden: The teacher's pooled trunk tokens (n, H), likewise.
-        prior: The structure model's of the nearest centroid's complex with the same target (n, P).
+        prior: The structure model's of the nearest centroid's complex with the same target (n, P):
+            pooled tokens, or for the released layout of the student mean(s) + mean(z), P = 1.
     """
 
     fitness: Tensor
@@ -51,7 +52,7 @@ def answers_of(
         path: Where the answers are kept.
         width: Length of the hidden states that the student expects.
         own: Whose hidden states are the priors, where that is not the teacher: the model that will
-            be at hand when a library is screened.
+            be at hand when a library is screened. It is asked about the centroids alone.
 
     Raises:
         InputError: The teacher's have another.
@@ -59,14 +60,15 @@ def answers_of(
     if path is not None and path.exists():
         answers = Answers(**load_weights(path))
     else:
-        places = range(len(data.data))
+        near = nearest(data, count)
         if own is None or own is teacher:
-            fitness, states = teacher.answers(data, places)
-            known = states
+            fitness, states = teacher.answers(data, range(len(data.data)))
+            prior = states[near]
         else:
             fitness, states = _of_training(teacher, data)
-            known = own.answers(data, places)[1]
-        answers = Answers(fitness, states, known[nearest(data, count)])
+            asked, back = near.unique(return_inverse=True)
+            prior = own.answers(data, asked.tolist())[1][back]
+        answers = Answers(fitness, states, prior)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with save_atomic(path) as temporary:
