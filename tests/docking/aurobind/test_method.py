@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from rdkit import Chem, RDConfig
 from torch.optim.swa_utils import AveragedModel
 
+from cohobate.core import runs
 from cohobate.core.errors import InputError
 from cohobate.core.io import load_checkpoint, load_weights
 from cohobate.core.testing import (
@@ -30,6 +32,8 @@ from cohobate.docking.data import ComplexData, Lists
 from cohobate.docking.data.molecules import Problems, read
 from cohobate.docking.data.prepare import choose
 from cohobate.docking.data.sources import embedded_folder
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("name", "path"), recipes("docking"))
@@ -218,6 +222,61 @@ def test_the_gate_refuses_wrong_poses(caplog):
     assert structure.open_gate(Keep(gate=2.0, override_gate=True), [9.0])
     with pytest.raises(InputError, match="no validation complex"):
         structure.open_gate(Keep(), [])
+
+
+def test_the_gate_keeps_in_proportion():
+    """Sixteen of the hidden poses are asked for; of a tenth as many validation poses, two."""
+    seen = []
+
+    class Asked(Keep):
+        def passing(self, scores):
+            seen.append(self.min_keep)
+            return torch.ones(len(scores["ranking"]), dtype=torch.bool)
+
+    data = ComplexData(posed=0.5, max_residues=8)
+    data.setup()
+    network = AuroBind(single=8, pair=4, width=8, diffusion_blocks=1, heads=2).network
+    held = len(data.places("val", pose=True))
+    structure.own_poses_allowed(network, data, Asked(samples=1, steps=1), 10 * held, CPU)
+    assert seen == [2]
+
+
+def test_when_nothing_is_hidden_nothing_is_labelled(tmp_path, caplog):
+    data = ComplexData(posed=1.0, max_residues=8)
+    data.setup()
+    assert structure.own_poses(None, data, Keep(), tmp_path / "own.npz", CPU) == {}
+    assert "nothing to label" in caplog.text
+
+
+def test_confidence_is_that_of_sampled_poses(run, tmp_path):
+    data = ComplexData(posed=0.5, labelled=0.6, max_residues=8)
+    data.setup()
+    network, keep = runs.load_run(run / "3-fitness").network, Keep(samples=1, steps=2)
+    found = structure.confidences(network, data, keep, tmp_path / "c.npz", CPU)
+    known = data.places("train", label=True)
+    assert set(known) & set(data.hidden_poses()), "a hidden pose is judged by sampling, too"
+    assert (found[known] > 0).all()
+    assert found.sum() == pytest.approx(found[known].sum())
+    again = structure.confidences(None, data, keep, tmp_path / "c.npz", CPU)
+    assert torch.equal(again, found)
+
+
+def test_no_term_of_a_list_is_left_when_nobody_is_confident(run):
+    model = runs.load_run(run / "4-preference")
+    model.min_confidence, model.mse_anchor = 0.5, 0.0
+    batch = {"list": torch.zeros(3).long(), "index": torch.arange(3), "label": torch.arange(3.0)}
+    fitness = torch.zeros(3, requires_grad=True)
+    for confidence, loss in ((0.6, math.log(6)), (0.4, 0.0)):
+        model._confidence = torch.full((3,), confidence)
+        found = model.task_loss((fitness, None, None), batch)["preference"]
+        assert found.item() == pytest.approx(loss)
+
+
+def test_validation_leaves_nothing_behind(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run_command("validate", "docking/aurobind", "--checkpoint", run / "5-student")
+    assert done.code == 0, done.err
+    assert not list(tmp_path.iterdir())
 
 
 def test_half_of_an_epoch_is_self_labelled_and_no_validation_target_is():

@@ -256,7 +256,7 @@ def own_poses(
         found: dict[str, np.ndarray] = {}
         if not hidden:
             log.warning("self-distillation: every pose is shown (data.posed); nothing to label")
-        elif _good_enough(model, data, keep, len(hidden), device):
+        elif own_poses_allowed(model, data, keep, len(hidden), device):
             batches = moved(data.batches_of(hidden), device)
             places, poses, scores = self_labels(model, batches, keep, data.seed + 1)
             chosen = zip(places, poses, keep.passing(scores).tolist(), strict=True)
@@ -267,10 +267,11 @@ def own_poses(
         return {int(name): torch.from_numpy(file[name]) for name in file.files}
 
 
-def _good_enough(
+@torch.no_grad()
+def own_poses_allowed(
     model: StructureModel, data: Any, keep: Keep, hidden: int, device: torch.device
 ) -> bool:
-    """What the gate says of the validation complexes that would be kept."""
+    """What the gate says of the validation complexes, of which as large a share is kept."""
     held = data.places("val", pose=True)
     places, poses, scores = self_labels(
         model, moved(data.batches_of(held), device), keep, data.seed
