@@ -27,6 +27,7 @@ from cohobate.core.testing import (
 from cohobate.docking.aurobind import AuroBind, ReleasedStudent
 from cohobate.docking.aurobind.network import Embedding
 from cohobate.docking.aurobind.predict import Site
+from cohobate.docking.aurobind.retrospective import read_cases
 from cohobate.docking.aurobind.student import make_student
 from cohobate.docking.data import ComplexData
 from cohobate.docking.data.embeddings import ProteinEmbeddings
@@ -175,11 +176,11 @@ def embeddings(path, **changed):
 def test_the_protein_embedding_takes_the_place_of_the_pockets(tmp_path):
     path = tmp_path / "esm.npz"
     arrays = embeddings(path, CDK2=np.arange(CHANNELS, dtype=np.float16))
-    data = ComplexData(protein_embeddings=path, unlabelled=1, max_residues=8)
+    data = ComplexData(protein_embeddings=path, max_residues=8)
     assert data.protein_channels == CHANNELS
     data.setup()
     assert "protein embeddings of esm.npz" in data.describe()
-    for one in (data.data.complexes[i] for i in (0, 20, 50, *data.extra)):
+    for one in (data.data.complexes[i] for i in (0, 20, 50)):
         given = torch.from_numpy(arrays[one.target]).float()
         assert_close(one.features()["embedding"], given.mean(0) if given.ndim == 2 else given)
         assert len(one.pocket.types) <= 8
@@ -372,6 +373,18 @@ def test_what_is_missing_for_a_screen_is_said(files, released, words, tmp_path):
     )
     assert_one_line(wrong, "of 6 channels", "this target has one of 4 channels")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_labelled_library_names_its_targets_embedding(files, words, tmp_path):
+    words(None)
+    rows = [
+        "target,library,receptor,ligand,protein_embedding",
+        f"a,library.smi,library.smi,site.sdf,{files / 'esm.npz'}",
+        "b,library.smi,library.smi,site.sdf,",
+    ]
+    (tmp_path / "cases.csv").write_text("\n".join(rows))
+    found = [case.protein_embedding for case in read_cases(tmp_path / "cases.csv")]
+    assert found == [files / "esm.npz", None]
 
 
 @pytest.mark.parametrize(

@@ -92,8 +92,9 @@ def retrospective(
     """Screen libraries of known actives, with controls that need no structure beside the student.
 
     Args:
-        targets: CSV with columns target, library, receptor, ligand and perhaps group; a library is
-            CSV with columns smiles and label. Ligands known of the site are not counted.
+        targets: CSV with columns target, library, receptor, ligand, perhaps group and
+            protein_embedding (as for screen); a library is CSV with columns smiles and label.
+            Ligands known of the site are not counted.
         checkpoint: Runs of docking/aurobind; measures are averaged over them.
         out: The JSON; a picture of the enrichment curves stands beside it.
         exclude: Column of the libraries that marks with 1 what the model was trained on.

@@ -20,10 +20,9 @@ from cohobate.docking.aurobind.average import MovingAverage
 from cohobate.docking.aurobind.diffusion import Noise
 from cohobate.docking.aurobind.heads import PairRows
 from cohobate.docking.aurobind.network import Embedding, StructureModel, Symmetry
-from cohobate.docking.aurobind.programs import Kind, teacher_of
+from cohobate.docking.aurobind.programs import Kind
 from cohobate.docking.aurobind.student import Layout, ReleasedStudent, Score, make_student
-from cohobate.docking.aurobind.targets import Answers, answers_of
-from cohobate.docking.aurobind.teachers import CompactTeacher, Teacher
+from cohobate.docking.aurobind.targets import Answers, ask
 from cohobate.docking.data.features import BITS, ELEMENTS, POCKET_CHANNELS, Batch
 from cohobate.docking.metrics import ranking
 
@@ -244,11 +243,8 @@ class AuroBind(DistillModule):
         """One pair for the student; the structure model itself has no export."""
         if self.fast is None:
             raise InputError(f"stage {self.stage}: only the student of the last stage is exported")
-        protein, prior = self.fast.channels
-        return (
-            torch.zeros(1, BITS), torch.ones(1, ELEMENTS), torch.zeros(1, protein),
-            torch.zeros(1, prior),
-        )  # fmt: skip
+        sizes = BITS, ELEMENTS, *self.fast.channels
+        return tuple(torch.ones(1, size) for size in sizes)
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """The moving average of the structure stages."""
@@ -281,7 +277,7 @@ class AuroBind(DistillModule):
         if self.fast is not None:
             if stage == "fit" and isinstance(self.fast, ReleasedStudent) and self.student_weights:
                 self.fast.load_released(self.student_weights)
-            self._answers = self._answers or self._ask(data, folder, stage)
+            self._answers = self._answers or ask(self, data, folder, stage)
         if self.stage == "fitness" and stage == "fit":
             shown = data.places("train", label=True)
             labels = [data.data.complexes[i].label for i in shown]
@@ -302,30 +298,6 @@ class AuroBind(DistillModule):
                 self._reference = structure.references(
                     self.network, data, folder / "reference.npz", self.device
                 )
-
-    def _ask(self, data: Any, folder: Path, stage: str) -> Answers:
-        """The teacher's answers; one process asks, for a program must not run twice.
-
-        Where nothing is trained only the priors count: the structure model knows them, and nothing
-        is kept.
-        """
-        own: Teacher = CompactTeacher(self.network, self.device)
-        prior = own
-        if isinstance(self.fast, ReleasedStudent):
-            prior = CompactTeacher(self.network, self.device, self.fast.prior_of)
-        if stage != "fit":
-            width = 2 * self.single if prior is own else 1
-            return answers_of(prior, data, self.centroids, None, width)
-        teacher = own
-        if self.teacher_files is not None:
-            teacher = teacher_of(self.teacher_kind, self.teacher_files, self.teacher_run, own)
-        elif self.teacher_run is not None:
-            raise InputError("model.teacher_run: needs model.teacher_files and teacher_kind")
-        path = folder / "teacher.safetensors"
-        if self.trainer.is_global_zero:
-            answers_of(teacher, data, self.centroids, path, self.hidden, prior)
-        self.trainer.strategy.barrier()
-        return answers_of(teacher, data, self.centroids, path, self.hidden, prior)
 
     # --- training ----------------------------------------------------------------------------
 
@@ -423,11 +395,7 @@ class AuroBind(DistillModule):
 
     def score(self, batch: Batch) -> Tensor:
         """Predicted pK (B,) of complexes of the data, by the student where there is one."""
-        if self.fast is None:
-            return self.network(batch)
-        assert self._answers is not None
-        prior = self._answers.prior[batch["index"].cpu()].to(self.device)
-        return self.fast(batch["bits"], batch["counts"], batch["embedding"], prior)[0]
+        return self.network(batch) if self.fast is None else self.forward_train(batch)[0]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Negative denoising loss at fixed noise, or the labels' negative RMSE and ranking."""

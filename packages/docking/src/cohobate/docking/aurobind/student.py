@@ -8,7 +8,7 @@ layouts, the paper's and the released one, have the same methods.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -191,7 +191,7 @@ class ReleasedStudent(nn.Module):
             counts: Number of atoms of each kind (B, elements).
         """
         mean = counts @ self.atom_encoder.weight / counts.sum(-1, keepdim=True).clamp(min=1)
-        of_bits, _, of_atoms = self._first()
+        of_bits, _, of_atoms, _ = self._first()
         return F.linear(self.fp_encoder(bits), of_bits) + F.linear(mean, of_atoms)
 
     def target(self, protein: Tensor, prior: Tensor) -> Tensor:
@@ -203,7 +203,8 @@ class ReleasedStudent(nn.Module):
         """
         gate = self.trunk_encoder(prior.expand(-1, self.width))
         known = self.esm_proj(protein) + self.scale * torch.sigmoid(gate) * gate
-        return F.linear(known, self._first()[1], self.global_combiner[0].bias)
+        _, of_target, _, bias = self._first()
+        return F.linear(known, of_target, bias)
 
     def combine(self, library: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Fitness (B,) and hidden state (B, hidden) from the two towers (B, 2 hidden)."""
@@ -257,8 +258,9 @@ class ReleasedStudent(nn.Module):
         self.load_state_dict(fitting_weights(self, weights, Path(path)))
 
     def _first(self) -> tuple[Tensor, ...]:
-        """Columns (2 hidden, hidden) of the first combining layer: fingerprint, target, atoms."""
-        return self.global_combiner[0].weight.split(self.width, 1)
+        """Of the first combining layer the columns of fingerprint, target, atoms, and the bias."""
+        first = cast(nn.Linear, self.global_combiner[0])
+        return *first.weight.split(self.width, 1), first.bias
 
 
 def make_student(

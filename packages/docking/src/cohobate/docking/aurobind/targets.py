@@ -12,7 +12,9 @@ from torch import Tensor
 
 from cohobate.core.errors import InputError
 from cohobate.core.io import load_weights, save_atomic
-from cohobate.docking.aurobind.teachers import Teacher
+from cohobate.docking.aurobind.programs import teacher_of
+from cohobate.docking.aurobind.student import ReleasedStudent
+from cohobate.docking.aurobind.teachers import CompactTeacher, Teacher
 from cohobate.docking.data.features import centroids
 from cohobate.docking.data.sources import by_target
 
@@ -32,6 +34,39 @@ class Answers:
     fitness: Tensor
     hidden: Tensor
     prior: Tensor
+
+
+def ask(model: Any, data: Any, folder: Path, stage: str) -> Answers:
+    """The answers that a module of the last stage needs.
+
+    One process asks, for a program must not run twice. Where nothing is trained only the priors
+    count: the structure model knows them, and nothing is kept.
+
+    Args:
+        model: The module: its structure model, student, teacher and options.
+        data: The data module.
+        folder: The run's; ``teacher.safetensors`` in it keeps the answers.
+        stage: Lightning's; ``fit`` trains.
+
+    Raises:
+        InputError: Options of the teacher do not fit each other, or it has no answer.
+    """
+    own = CompactTeacher(model.network, model.device)
+    prior: Teacher = own
+    if isinstance(model.fast, ReleasedStudent):
+        prior = CompactTeacher(model.network, model.device, model.fast.prior_of)
+    if stage != "fit":
+        return answers_of(prior, data, model.centroids, None, model.fast.channels[1])
+    teacher: Teacher = own
+    if model.teacher_files is not None:
+        teacher = teacher_of(model.teacher_kind, model.teacher_files, model.teacher_run, own)
+    elif model.teacher_run is not None:
+        raise InputError("model.teacher_run: needs model.teacher_files and teacher_kind")
+    path = folder / "teacher.safetensors"
+    if model.trainer.is_global_zero:
+        answers_of(teacher, data, model.centroids, path, model.hidden, prior)
+    model.trainer.strategy.barrier()
+    return answers_of(teacher, data, model.centroids, path, model.hidden, prior)
 
 
 @torch.no_grad()
