@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from cohobate.core.catalog import Paper
-from cohobate.core.compare import RECIPE_ARM, draw, markdown
+from cohobate.core.compare import RECIPE_ARM, cost_text, draw, markdown
 from cohobate.core.errors import InputError, guard
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,10 +97,7 @@ class Result:
     @property
     def cost(self) -> str:
         """What the recipe costs over its baseline."""
-        cost = self.content["arms"][RECIPE_ARM]["cost"]
-        ratios = {"step time": cost["step_time_ratio"], "peak memory": cost["peak_memory_ratio"]}
-        parts = [f"{name} × {'?' if r is None else f'{r:.3g}'}" for name, r in ratios.items()]
-        return ", ".join([*parts, f"{cost['added_parameters']:,} more parameters in training"])
+        return cost_text(self.content, RECIPE_ARM)
 
 
 def read_papers(root: Path) -> dict[str, Paper]:

@@ -97,6 +97,13 @@ def test_a_recipe_opens_with_what_it_is(folder: Path) -> None:
         assert path.read_text().startswith("#"), path
 
 
+@pytest.mark.parametrize("folder", PAPERS, ids=lambda p: p.name)
+def test_an_arm_goes_without_stages_that_there_are(folder: Path) -> None:
+    stages = {path.stem.partition("-")[2] for path in folder.glob("recipe/[0-9]*-*.yaml")}
+    for path in [folder / "recipe/baseline.yaml", *folder.glob("recipe/arms/*.yaml")]:
+        assert set(yaml.safe_load(path.read_text()).get("without", [])) <= stages, path
+
+
 def test_nothing_from_elsewhere_is_unpickled() -> None:
     dangerous = re.compile(
         r"weights_only=False|pickle\.load|allow_pickle=True|yaml\.load\((?!.*_L)"

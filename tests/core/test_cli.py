@@ -14,13 +14,15 @@ QUIET = "--trainer.enable_progress_bar=false"
 
 
 def test_list_and_info_say_what_is_there() -> None:
-    listed = run_command("list")
-    assert "toy/tiny    two-class points" in listed.out
+    def listed(domain: str | None = None) -> list[str]:
+        lines = run_command("list", domain=domain).out.splitlines()
+        return [" ".join(line.split()) for line in lines]
+
+    toys = [line for line in listed() if line.startswith("toy/")]
+    assert toys[1].startswith("toy/tiny two-class points")
+    assert listed("toy") == toys
     info = run_command("info", "toy/tiny").out
     assert "arms of compare: baseline, wide" in info
-    assert run_command("list", domain="toy").out.splitlines() == [
-        line for line in listed.out.splitlines() if line.startswith("toy/")
-    ]
 
 
 def test_help_shows_the_recipes_own_options() -> None:
@@ -102,6 +104,58 @@ def test_predict_reads_files_with_the_papers_options(in_tmp: Path, trained: Path
     Path("y.npy").write_text("words")
     assert_one_line(run_command("predict", "toy/tiny", "y.npy", "--checkpoint", trained), "y.npy")
     assert_one_line(run_command(*words, "--device", "tpux"), "--device tpux")
+
+
+def test_a_run_of_another_paper_is_one_line(in_tmp: Path, trained: Path) -> None:
+    np.save("x.npy", np.zeros((3, 4)))
+    run = Path(shutil.copytree(trained, "run"))
+    for words in (["predict", "toy/staged", "x.npy"], ["validate", "toy/staged"],
+                  ["export", "toy/staged"]):  # fmt: skip
+        for checkpoint in (run, run / "last.ckpt"):
+            outcome = run_command(*words, "--checkpoint", checkpoint)
+            assert_one_line(outcome, f"{run}: a run of toy/tiny, not of toy/staged")
+    assert {path.name for path in in_tmp.iterdir()} == {"x.npy", "run"}
+    assert not (run / "export").exists()
+    (run / "run.json").unlink()  # nothing says whose it is
+    assert run_command("export", "toy/staged", "--checkpoint", run, "--out=done").code == 0
+
+
+def test_a_class_that_is_used_otherwise_on_files_is_one_line(
+    in_tmp: Path, trained: Path, monkeypatch
+) -> None:
+    Path("other.py").write_text(
+        "from cohobate.toy.tiny import Tiny\n"
+        "class Other(Tiny):\n"
+        "    def predict_files(self, inputs, out): return []\n"
+    )
+    monkeypatch.syspath_prepend(in_tmp)
+    run = Path(shutil.copytree(trained, "run"))
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("cohobate.toy.tiny.Tiny", "other.Other"))
+    np.save("x.npy", np.zeros((3, 4)))
+    outcome = run_command("predict", "toy/tiny", "x.npy", "--checkpoint", run)
+    assert_one_line(outcome, "run: trained Other", "toy/tiny", "(Tiny)")
+
+
+@pytest.mark.parametrize("out", ["x.npy", "x.npy/under", "x.npy/far/under", "/proc/none"])
+@pytest.mark.parametrize("command", ["fit", "predict", "safetensors", "onnx"])
+def test_results_cannot_go_to_or_under_a_file(
+    in_tmp: Path, trained: Path, command: str, out: str
+) -> None:
+    np.save("x.npy", np.zeros((3, 4)))
+    words = {
+        "fit": ["fit", "toy/tiny", QUIET],
+        "predict": ["predict", "toy/tiny", "x.npy", "--checkpoint", trained],
+    }.get(command, ["export", "toy/tiny", "--format", command, "--checkpoint", trained])
+    assert_one_line(run_command(*words, "--out", out), f"{out}: cannot be written: ")
+    assert [path.name for path in in_tmp.iterdir()] == ["x.npy"]
+
+
+def test_predict_leaves_no_empty_folder_behind(in_tmp: Path, trained: Path) -> None:
+    Path("y.npy").write_text("words")
+    words = ("predict", "toy/tiny", "y.npy", "--checkpoint", trained)
+    assert_one_line(run_command(*words, "--out=far/away"), "y.npy")
+    assert [path.name for path in in_tmp.iterdir()] == ["y.npy"]
 
 
 def test_an_error_wrapped_by_a_library_is_still_one_line(capsys) -> None:

@@ -11,7 +11,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cohobate.core.errors import InputError
-from cohobate.core.io import fitting_weights, load_checkpoint, load_weights, save_atomic
+from cohobate.core.io import (
+    fitting_weights,
+    load_checkpoint,
+    load_weights,
+    result_folder,
+    save_atomic,
+)
 from cohobate.core.training.checkpoints import AtomicCheckpointIO
 
 
@@ -87,6 +93,41 @@ def test_an_error_while_writing_keeps_the_earlier_file(tmp_path: Path) -> None:
         write()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("below", ["", "a.txt", "far/a.txt"])
+def test_on_or_under_a_file_nothing_is_written(tmp_path: Path, below: str) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    target = file / below
+    with pytest.raises(InputError, match="cannot be written"), save_atomic(file / "b"):
+        pytest.fail("there is no folder to write to")
+    message = r"file.*: cannot be written: not a folder"
+    with pytest.raises(InputError, match=message), result_folder(target):
+        pytest.fail("there is no folder to write to")
+    assert file.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_result_folder_goes_again_when_it_stays_empty(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    folder = tmp_path / "there" / "new" / "deep"
+
+    def fail(name: str | None) -> None:
+        with result_folder(folder):
+            if name:
+                (folder / name).touch()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail(None)
+    assert list((tmp_path / "there").iterdir()) == []
+    with pytest.raises(RuntimeError):
+        fail("a.txt")
+    assert [path.name for path in folder.iterdir()] == ["a.txt"]
+    with result_folder(tmp_path / "empty"):
+        pass
+    assert (tmp_path / "empty").is_dir()
 
 
 def _write_past_the_limit(folder: Path) -> None:

@@ -4,18 +4,21 @@ import csv
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from cohobate.core import catalog, runs
 from cohobate.core.errors import InputError
-from cohobate.core.io import load_checkpoint
+from cohobate.core.export import export, load_student
+from cohobate.core.io import load_checkpoint, load_weights
 from cohobate.core.testing import (
     assert_one_line,
     assert_same_run,
@@ -23,6 +26,7 @@ from cohobate.core.testing import (
     run_command,
 )
 from cohobate.core.training.logger import MetricsCsv
+from cohobate.toy.tiny.method import Cloud, Points, Tiny
 
 
 def test_a_run_folder_holds_what_is_promised(trained: Path) -> None:
@@ -62,6 +66,17 @@ def test_what_came_from_the_data_is_read_back(trained: Path, fit) -> None:
     assert config["model"]["init_args"]["bounds"] == {"low": -4.0, "high": 5.0}
     assert runs.load_run(trained).bounds.high == 5.0
     fit(trained)  # finished: its config is read and agreed to
+
+
+def test_weights_from_elsewhere_become_a_run(trained: Path, tmp_path: Path) -> None:
+    config, model = runs.read_run_config(trained), runs.load_run(trained)
+    folder = tmp_path / "run"
+    runs.make_run(folder, model.state_dict(), config["model"], config["data"])
+    taken = runs.load_run(folder).state_dict()
+    assert all(torch.equal(taken[name], value) for name, value in model.state_dict().items())
+    assert runs.validate(folder) == runs.validate(trained)
+    with pytest.raises(InputError, match=f"^{folder}: there is a run already$"):
+        runs.make_run(folder, model.state_dict(), config["model"], config["data"])
 
 
 def test_validation_may_be_rarer_than_epochs(fit, tmp_path: Path) -> None:
@@ -168,9 +183,192 @@ def test_a_stage_killed_before_its_first_checkpoint_starts_from_the_one_before(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_weights_can_be_tested_from_the_last_checkpoint(fit, tmp_path: Path) -> None:
+def forget(checkpoint: Path) -> None:
+    """Other weights of the same shapes, all zero."""
+    content = load_checkpoint(checkpoint)
+    for tensor in content["state_dict"].values():
+        tensor.zero_()
+    torch.save(content, checkpoint)
+
+
+def test_the_weights_that_were_tested_are_those_that_are_used(fit, tmp_path: Path) -> None:
     out = fit(tmp_path / "run", "--evaluate=last", "--trainer.max_epochs=1")
-    assert runs.RunFolder(out).info["evaluated"] == "last.ckpt"
+    fit(out, "--trainer.max_epochs=2")  # going on, nobody says it again
+    run, best = runs.RunFolder(out), out / "best.ckpt"
+    assert run.info["evaluated"] == "last.ckpt"
+    forget(best)
+    assert runs.checkpoint_file(out) == out / "last.ckpt"
+    assert runs.checkpoint_file(best) == best
+    assert runs.load_run(out).net[0].weight.any()
+    assert not runs.load_run(best).net[0].weight.any()
+    student = load_student(export(out, "safetensors")[0].parent)
+    assert torch.equal(student[0].weight, runs.load_run(out).net[0].weight)
+    quiet = "--trainer.enable_progress_bar=false"
+    tested = run.info["test"]["test/loss"]
+    assert runs.validate(out, [quiet])["test/loss"] == pytest.approx(tested)
+    for found in (runs.validate(out, [quiet, "--evaluate=best"]), runs.validate(best, [quiet])):
+        assert found["test/loss"] == pytest.approx(np.log(2))  # of two classes, knowing nothing
+
+
+def test_a_run_without_its_tested_weights_has_the_others(trained: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    (run / "best.ckpt").unlink()
+    assert runs.checkpoint_file(run) == run / "last.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        (Points, "describe"), (Points, "setup"), (Points, "val_dataloader"),
+        (Cloud, "__getitem__"), (Tiny, "configure_optimizers"),
+    ],
+)  # fmt: skip
+def test_bad_input_that_is_found_late_leaves_nothing(
+    in_tmp: Path, monkeypatch, kind: type, method: str
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise InputError("labels/a.png: unreadable")
+
+    words = ("fit", "toy/tiny", "--out=runs/x", "--trainer.enable_progress_bar=false")
+    short = (*words, "--trainer.max_epochs=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, method, fail)
+        assert_one_line(run_command(*short, "--data.samples=32"), "labels/a.png: unreadable")
+        assert list(in_tmp.iterdir()) == []
+        Path("runs/x").mkdir(parents=True)
+        Path("runs/x/mine.txt").touch()
+        assert_one_line(run_command(*short, "--data.samples=32"), "labels/a.png: unreadable")
+    assert [path.name for path in Path("runs/x").iterdir()] == ["mine.txt"]
+    assert run_command(*short, "--data.samples=16").code == 0
+
+
+def test_bad_input_leaves_a_run_that_has_a_checkpoint(fit, tmp_path: Path, monkeypatch) -> None:
+    out = fit(tmp_path / "run", "--trainer.max_epochs=1")
+    before = (out / "last.ckpt").read_bytes()
+
+    def fail(*args: object, **options: object) -> None:
+        raise InputError("unreadable")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Points, "setup", fail)
+        with pytest.raises(InputError, match="unreadable"):
+            fit(out, "--trainer.max_epochs=2")
+    assert (out / "last.ckpt").read_bytes() == before
+    fit(out, "--trainer.max_epochs=2")
+    assert runs.RunFolder(out).info["steps"] == 16
+
+
+@pytest.fixture
+def warm(fit, tmp_path: Path) -> Path:
+    """The first of two stages, in the folder of the whole recipe."""
+    out = tmp_path / "runs" / "x" / "1-warm"
+    return fit(out, "--evaluate=last", "--trainer.max_epochs=2", recipe="toy/staged/warm")
+
+
+def starts_from(run: Path, checkpoint: Path) -> bool:
+    """Whether a stage of learning rate 0 began with these weights."""
+    first = load_checkpoint(checkpoint)["state_dict"]
+    second = load_checkpoint(run / "last.ckpt")["state_dict"]
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("out", "made"),
+    [
+        ("x", "x/2-distil"),  # the whole recipe's folder
+        ("x/2-distil", "x/2-distil"),
+        ("x/again", "x/again"),
+        ("x-distil", "x-distil"),  # as without --out
+    ],
+)
+def test_a_stage_alone_finds_the_one_before(
+    fit, warm: Path, tmp_path: Path, out: str, made: str
+) -> None:
+    forget(warm / "best.ckpt")  # what the stage before was tested with is its last
+    run = fit(tmp_path / "runs" / out, recipe="toy/staged/distil")
+    assert run == tmp_path / "runs" / made
+    assert starts_from(run, warm / "last.ckpt")
+    assert not starts_from(run, warm / "best.ckpt")
+    if out == "x":  # the whole recipe agrees that it is done
+        before = (run / "last.ckpt").stat().st_mtime_ns
+        fit(tmp_path / "runs" / "x", recipe="toy/staged/distil")
+        assert (run / "last.ckpt").stat().st_mtime_ns == before
+
+
+def test_stages_alone_one_after_the_other(fit, warm: Path, in_tmp: Path) -> None:
+    warm.rename("runs/staged-warm")
+    run = fit(None, recipe="toy/staged/distil")
+    assert str(run) == "runs/staged-distil"
+    assert starts_from(run, Path("runs/staged-warm/last.ckpt"))
+
+
+def test_a_stage_of_that_name_of_another_paper_is_passed_over(
+    trained: Path, fit, tmp_path: Path
+) -> None:
+    shutil.copytree(trained, tmp_path / "warm")
+    with pytest.raises(InputError, match=r"init_from: no run of stage 'warm' in .*--init_from"):
+        fit(tmp_path / "distil", recipe="toy/staged/distil")
+    assert not (tmp_path / "distil").exists()
+
+
+@pytest.mark.parametrize("name", ["", "best.ckpt", "last.ckpt", "student.safetensors"])
+@pytest.mark.parametrize("by", ["option", "words", "file"])
+def test_any_run_or_checkpoint_can_be_the_start(
+    trained: Path, fit, tmp_path: Path, name: str, by: str
+) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(f"init_from: {trained / name}\n")
+    options = {
+        "option": [f"--init_from={trained / name}"],
+        "words": ["--init_from", str(trained / name)],
+        "file": ["--config", str(mine)],
+    }[by]
+    run = fit(tmp_path / "run", *options, recipe="toy/staged/distil")
+    used = "last.ckpt" if name == "last.ckpt" else "best.ckpt"
+    if name != "student.safetensors":
+        assert starts_from(run, trained / used)
+    student = load_weights(run / "student.safetensors")
+    wanted = load_checkpoint(trained / used)["state_dict"]
+    assert all(torch.equal(student[name], wanted[f"net.{name}"]) for name in student)
+
+
+def test_of_several_stages_the_first_starts_where_the_option_says(
+    trained: Path, fit, tmp_path: Path
+) -> None:
+    options = [f"--init_from={trained}", "--model.lr=0"]
+    last = fit(tmp_path / "run", *options, recipe="toy/staged")
+    assert starts_from(last.parent / "1-warm", trained / "best.ckpt")
+    assert starts_from(last, last.parent / "1-warm" / "best.ckpt")
+    config = yaml.safe_load((last / "config.yaml").read_text())
+    assert config["init_from"] == "warm"
+    fit(tmp_path / "run", *options, recipe="toy/staged")
+    fit(tmp_path / "run", recipe="toy/staged")
+    with pytest.raises(InputError, match=r"1-warm: .* started with init_from = .*, not warm"):
+        fit(tmp_path / "run", "--init_from=warm", recipe="toy/staged")
+
+
+def test_an_arm_may_start_elsewhere(trained: Path, tmp_path: Path) -> None:
+    arm = tmp_path / "arm.yaml"
+    arm.write_text(f"init_from: {trained}\n")
+    quiet = ["--trainer.enable_progress_bar=false"]
+    made = runs.fit(catalog.find("toy/staged"), quiet, arm=arm, out=tmp_path / "run")
+    assert starts_from(made[1].path, trained / "best.ckpt")
+
+
+def test_a_start_that_does_not_fit_is_one_line(trained: Path, in_tmp: Path) -> None:
+    words = ("fit", "toy/tiny", f"--init_from={trained}", "--out=run")
+    assert_one_line(run_command(*words, "--model.width=5"), "init_from", trained, "net.0.weight")
+    assert_one_line(run_command(*words[:2], "--init_from=nowhere"), "no run of stage 'nowhere'")
+    assert list(in_tmp.iterdir()) == []
+
+
+def test_a_run_of_another_paper_or_stage_is_not_gone_on_with(
+    trained: Path, warm: Path, fit
+) -> None:
+    with pytest.raises(InputError, match="a run of toy/tiny, not of toy/staged"):
+        fit(trained, recipe="toy/staged/distil")
+    with pytest.raises(InputError, match="a run of toy/staged, stage warm, not distil"):
+        fit(warm, recipe="toy/staged/distil")
 
 
 def test_validate_repeats_the_numbers_of_the_run(trained: Path) -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -26,6 +27,23 @@ def image(path: Path, seed: int = 0, size: tuple[int, int] = (80, 64)) -> Path:
 @pytest.fixture
 def picture() -> Callable[..., Path]:
     return image
+
+
+def clip_of(path: Path, count: int, size: tuple[int, int] = (66, 50)) -> Path:
+    """Frames that get brighter, ten a second."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        (stream.width, stream.height), stream.pix_fmt = size, "yuv420p"
+        for n in range(count):
+            pixels = np.full((size[1], size[0], 3), 40 * n, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture
+def make_clip() -> Callable[..., Path]:
+    return clip_of
 
 
 @pytest.fixture

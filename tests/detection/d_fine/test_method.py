@@ -5,7 +5,6 @@ import zlib
 from dataclasses import replace
 
 import av
-import numpy as np
 import pytest
 import torch
 
@@ -178,16 +177,9 @@ def test_predict_writes_the_files_own_ids(run, tmp_path):
     assert len(list(tmp_path.glob("*_detected.jpg"))) == 4
 
 
-def test_predict_on_a_clip_and_a_damaged_file(run, tmp_path):
+def test_predict_on_a_clip_and_a_damaged_file(run, make_clip, tmp_path):
     _, folder = run
-    clip, bad = tmp_path / "clip.mp4", tmp_path / "bad.jpg"
-    with av.open(str(clip), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 66, 50, "yuv420p"
-        for n in range(5):
-            frame = av.VideoFrame.from_ndarray(np.full((50, 66, 3), 40 * n, np.uint8), "rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    clip, bad = make_clip(tmp_path / "clip.mp4", 5), tmp_path / "bad.jpg"
     bad.write_bytes(b"no picture")
     done = run_command(
         "predict", "detection/d-fine", clip, bad, "--checkpoint", folder, "--out", tmp_path / "out",

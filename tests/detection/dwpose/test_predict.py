@@ -80,15 +80,8 @@ def test_predict_on_pictures(run, photos, tmp_path):
     assert len(list((tmp_path / "out").glob("*_pose.png"))) == 2
 
 
-def test_predict_on_a_clip_and_a_damaged_file(run, tmp_path):
-    clip, bad = tmp_path / "clip.mp4", tmp_path / "bad.jpg"
-    with av.open(str(clip), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 66, 50, "yuv420p"
-        for n in range(3):
-            frame = av.VideoFrame.from_ndarray(np.full((50, 66, 3), 40 * n, np.uint8), "rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+def test_predict_on_a_clip_and_a_damaged_file(run, make_clip, tmp_path):
+    clip, bad = make_clip(tmp_path / "clip.mp4", 3), tmp_path / "bad.jpg"
     bad.write_bytes(b"no picture")
     done = run_command(
         "predict", "detection/dwpose", clip, bad, "--checkpoint", run, "--out", tmp_path / "out",

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from cohobate.core import catalog
 from cohobate.core.errors import InputError, guard
-from cohobate.core.io import save_atomic
+from cohobate.core.io import write_json
 from cohobate.core.recipes import read_config, take_config_files
 from cohobate.core.runs import RunFolder, stage_folders
 
@@ -213,9 +213,7 @@ def _child(argv: list[str]) -> int:
 
     name, overlay, folder, extra, *rest = argv
     if config := json.loads(extra):
-        path = Path(folder) / "options.yaml"
-        with save_atomic(path) as temporary:
-            temporary.write_text(json.dumps(config))  # JSON is YAML
+        path = write_json(Path(folder) / "options.yaml", config)  # JSON is YAML
         rest += ["--config", str(path)]
     whole = catalog.find(name)
     recipe = whole.shared if overlay == ALL_ARMS else whole

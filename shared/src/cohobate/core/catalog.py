@@ -196,6 +196,17 @@ def overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def stage_name(stem: str) -> str:
+    """A stage's name without its number and with dashes, as names are compared.
+
+    Example:
+        >>> stage_name("4-classify_again")
+        'classify-again'
+    """
+    match = _STAGE.match(stem)
+    return (match[2] if match else stem).replace("_", "-")
+
+
 def suggestion(word: str, known: Any) -> str:
     """``", did you mean 'x'?"`` or the empty string."""
     close = get_close_matches(word, list(known), n=1, cutoff=0.6)

@@ -128,7 +128,7 @@ def _validate(args: list[str], prog: str, domain: str | None) -> int:
     asked, rest = parser.parse_known_args(rest)
     from cohobate.core import runs
 
-    results = runs.validate(asked.checkpoint, rest)
+    results = runs.validate(asked.checkpoint, rest, paper=recipe.paper.name)
     if asked.json:
         print(json.dumps(results))
     else:
@@ -193,7 +193,10 @@ def _export(args: list[str], prog: str, domain: str | None) -> int:
     asked = parser.parse_args(rest)
     from cohobate.core import export
 
-    for path in export.export(asked.checkpoint, asked.format, asked.out, push=asked.push):
+    written = export.export(
+        asked.checkpoint, asked.format, asked.out, push=asked.push, paper=recipe.paper.name
+    )
+    for path in written:
         print(path)
     return 0
 

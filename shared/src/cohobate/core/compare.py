@@ -6,7 +6,6 @@ difference is taken seed by seed, which removes most of the spread between seeds
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -14,7 +13,7 @@ import re
 import shlex
 import statistics
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,14 @@ from typing import Any
 from scipy.stats import t as student_t
 
 from cohobate.core import catalog
-from cohobate.core.arms import plan, run_all
+from cohobate.core.arms import Run, plan, run_all
 from cohobate.core.errors import InputError
-from cohobate.core.io import save_atomic
+from cohobate.core.io import save_atomic, write_json
+from cohobate.core.recipes import read_config
 
 RECIPE_ARM = "distilled"
+Stages = list[dict[str, Any]]
+"""``run.json`` of each stage of one run, in order."""
 
 
 @dataclass(frozen=True)
@@ -87,21 +89,26 @@ class Comparison:
     Attributes:
         about: Paper, recipe, options, data, versions: what was run.
         metrics: What is compared, the main metric first.
-        runs: Arm → seed → ``run.json`` of that run; the baseline is the first arm.
+        runs: Arm → seed → the stages that the arm has a use for; results are the last one's. The
+            baseline is the first arm.
     """
 
     about: dict[str, Any]
     metrics: list[Metric]
-    runs: dict[str, dict[int, dict[str, Any]]]
+    runs: dict[str, dict[int, Stages]]
+
+    @property
+    def baseline(self) -> str:
+        """Name of the arm that the others are compared with."""
+        return next(iter(self.runs))
 
     def values(self, arm: str, metric: Metric) -> list[float]:
         """One value per seed, in order of the seeds."""
-        return [_result(run, metric.name) for run in self.runs[arm].values()]
+        return [_result(stages[-1], metric.name) for stages in self.runs[arm].values()]
 
     def difference(self, arm: str, metric: Metric) -> Interval:
         """Paired difference of an arm minus the baseline."""
-        baseline = next(iter(self.runs))
-        pairs = zip(self.values(arm, metric), self.values(baseline, metric), strict=True)
+        pairs = zip(self.values(arm, metric), self.values(self.baseline, metric), strict=True)
         return interval([a - b for a, b in pairs])
 
     def verdict(self, arm: str, metric: Metric) -> str:
@@ -112,15 +119,42 @@ class Comparison:
         up = found.mean > 0
         return "better" if up == (metric.direction == "higher") else "worse"
 
-    def cost(self, arm: str) -> dict[str, float | None]:
-        """Step time and memory relative to the baseline, parameters added in training."""
-        own, base = list(self.runs[arm].values()), list(next(iter(self.runs.values())).values())
-        students = own[0]["parameters"]["student"]
+    @property
+    def step_clock(self) -> str:
+        """What steps are timed by: ``cpu`` where all stages have CPU times, otherwise ``wall``."""
+        every = [stage for seeds in self.runs.values() for run in seeds.values() for stage in run]
+        timed = [stage for stage in every if stage.get("step_seconds") is not None]
+        known = timed and all(stage.get("step_cpu_seconds") is not None for stage in timed)
+        return "cpu" if known else "wall"
+
+    def cost(self, arm: str) -> dict[str, Any]:
+        """What an arm costs in training: ratios to the baseline, None where one is not known.
+
+        Returns:
+            ``training_time_ratio``: steps × time of a step, over all ``stages``, those that the arm
+            trains and has a use for, shared ones too; ``step_time_ratio``: in ``step_time_stage``,
+            the last that both arms train, each for itself; ``peak_memory_ratio``: in the stage that
+            takes most; ``added_parameters``: beside the student's, in the stage with most, and
+            ``added_parameters_share`` of the student's.
+        """
+        own, base = (list(self.runs[name].values()) for name in (arm, self.baseline))
+        time = "step_cpu_seconds" if self.step_clock == "cpu" else "step_seconds"
+        trained = [{s["stage"] for s in run if s["steps"] and s.get(time)} for run in own + base]
+        alone = set.intersection(*trained).difference(self.about.get("shared_stages", []))
+        stage = next((s["stage"] for s in reversed(own[0]) if s["stage"] in alone), None)
+        most = max((s["parameters"] for s in own[0]), key=lambda found: found["added"])
         return {
-            "step_time_ratio": _ratio(own, base, "step_seconds"),
-            "peak_memory_ratio": _ratio(own, base, "peak_memory_bytes"),
-            "added_parameters": own[0]["parameters"]["added"],
-            "added_parameters_share": own[0]["parameters"]["added"] / students,
+            "stages": [s["stage"] for s in own[0] if s["steps"]],
+            "training_time_ratio": _ratio(own, base, lambda run: _training_time(run, time)),
+            "step_time_stage": stage,
+            "step_time_ratio": _ratio(
+                own, base, lambda run: next((s[time] for s in run if s["stage"] == stage), None)
+            ),
+            "peak_memory_ratio": _ratio(
+                own, base, lambda run: max(s.get("peak_memory_bytes") or 0 for s in run)
+            ),
+            "added_parameters": most["added"],
+            "added_parameters_share": most["added"] / most["student"],
         }
 
     def as_json(self) -> dict[str, Any]:
@@ -138,7 +172,7 @@ class Comparison:
                 },
                 "cost": self.cost(arm),
             }
-            if arm != next(iter(self.runs)):
+            if arm != self.baseline:
                 for m in self.metrics:
                     found = self.difference(arm, m)
                     arms[arm]["metrics"][m.name] |= {
@@ -149,7 +183,7 @@ class Comparison:
         labels = [
             {"name": m.name, "label": m.label, "direction": m.direction} for m in self.metrics
         ]
-        return {**self.about, "metrics": labels, "arms": arms}
+        return {**self.about, "step_clock": self.step_clock, "metrics": labels, "arms": arms}
 
     def markdown(self) -> str:
         """The table people read."""
@@ -184,15 +218,37 @@ def markdown(result: dict[str, Any]) -> str:
             lines.append(row)
     for arm, content in result["arms"].items():
         if arm != baseline:
-            cost = content["cost"]
-            lines += [
-                "",
-                f"Cost of {arm} over {baseline}: step time × {_number(cost['step_time_ratio'])}, "
-                f"peak memory × {_number(cost['peak_memory_ratio'])}, "
-                f"{cost['added_parameters']:,} more parameters in training "
-                f"({100 * cost['added_parameters_share']:.3g} %), none afterwards.",
-            ]
+            share = f"{100 * content['cost']['added_parameters_share']:.3g} %"
+            told = f"Cost of {arm} over {baseline}: {cost_text(result, arm)} ({share})"
+            lines += ["", f"{told}, none afterwards."]
     return "\n".join(lines)
+
+
+def cost_text(result: dict[str, Any], arm: str) -> str:
+    """What is known of an arm's cost over the baseline: ``step time × 1.2, 9 more parameters ...``.
+
+    Args:
+        result: As for `markdown`.
+        arm: The arm.
+    """
+    cost, base = (result["arms"][name]["cost"] for name in (arm, next(iter(result["arms"]))))
+    stages, others = cost.get("stages", []), base.get("stages", [])
+    whole, step = cost.get("training_time_ratio"), cost["step_time_ratio"]
+    if None not in (whole, step) and math.isclose(whole, step):
+        whole = None  # one stage of as many steps
+    which = of = ""
+    if len(stages) > 1 or stages != others:
+        which = ", ".join(stages) + (f" against {', '.join(others)}" if stages != others else "")
+        shared = [stage for stage in result.get("shared_stages", []) if stage in stages]
+        which = f" ({which}; shared: {', '.join(shared)})" if shared else f" ({which})"
+        of = f" of {cost['step_time_stage']}"
+    ratios = [
+        (whole, f"training time × {{:.3g}}{which}"),
+        (step, f"step time{of} × {{:.3g}}"),
+        (cost["peak_memory_ratio"], "peak memory × {:.3g}"),
+    ]
+    known = [text.format(ratio) for ratio, text in ratios if ratio is not None]
+    return ", ".join([*known, f"{cost['added_parameters']:,} more parameters in training"])
 
 
 def compare(
@@ -230,17 +286,26 @@ def compare(
     if not seeds:
         raise InputError("compare needs at least one seed")
     overlays: dict[str, Path | None] = {}
+    without: dict[str, list[str]] = {RECIPE_ARM: []}
     for arm in dict.fromkeys(["baseline", *arms]):
         if arm not in recipe.paper.arms:
             raise InputError(f"unknown arm '{arm}'{catalog.suggestion(arm, recipe.paper.arms)}")
-        overlays[arm] = recipe.paper.arms[arm]
+        overlays[arm] = path = recipe.paper.arms[arm]
+        without[arm] = read_config(path).get("without", [])
     overlays[RECIPE_ARM] = None
     planned = plan(recipe, overlays, args, seeds, out)
     run_all(planned, jobs)
-    infos = {arm: {seed: planned[arm, seed].stages[-1].info for seed in seeds} for arm in overlays}
+    infos = {
+        arm: {seed: _used(planned[arm, seed], without[arm]) for seed in seeds} for arm in overlays
+    }
     result = Comparison(_about(recipe, args, seeds, infos), _metrics(recipe, infos), infos)
     _write(result, out, json_copy)
     return result
+
+
+def _used(run: Run, without: Sequence[str]) -> Stages:
+    """The stages of a run but those that its arm has no use for."""
+    return [info for info in (s.info for s in run.stages) if info["stage"] not in without]
 
 
 def _result(run: dict[str, Any], name: str) -> float:
@@ -250,12 +315,12 @@ def _result(run: dict[str, Any], name: str) -> float:
     return float(found[name])
 
 
-def _metrics(recipe: catalog.Recipe, runs: dict[str, dict[int, dict[str, Any]]]) -> list[Metric]:
+def _metrics(recipe: catalog.Recipe, runs: dict[str, dict[int, Stages]]) -> list[Metric]:
     """The paper's metrics; those in ``also`` only where every run reported them."""
     about = recipe.paper.about
     if "metric" not in about:
         raise InputError(f"{recipe.paper.folder / 'paper.yaml'}: names no metric to compare")
-    every = [run for seeds in runs.values() for run in seeds.values()]
+    every = [stages[-1] for seeds in runs.values() for stages in seeds.values()]
     main = about["metric"]
     also = about.get("also", [])
     present = [m for m in also if all(m["name"] in run.get("test", {}) for run in every)]
@@ -266,15 +331,17 @@ def _about(
     recipe: catalog.Recipe,
     args: Sequence[str],
     seeds: list[int],
-    runs: dict[str, dict[int, dict[str, Any]]],
+    runs: dict[str, dict[int, Stages]],
 ) -> dict[str, Any]:
-    run = next(iter(runs[RECIPE_ARM].values()))
+    stages = next(iter(runs[RECIPE_ARM].values()))
+    run = stages[-1]
     return {
         "recipe": recipe.full_name,
         "command": shlex.join(["cohobate", "compare", recipe.full_name, *_public(args)]),
         "data": run["data"],
         "seeds": seeds,
-        "steps": run["steps"],
+        "steps": sum(stage["steps"] for stage in stages),
+        "shared_stages": [stage.name for stage in recipe.shared.stages] if recipe.shared else [],
         "versions": run["versions"],
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
@@ -290,22 +357,26 @@ def _public(args: Sequence[str]) -> list[str]:
     return shown
 
 
-def _ratio(own: list[dict[str, Any]], base: list[dict[str, Any]], key: str) -> float | None:
+def _training_time(run: Stages, time: str) -> float | None:
+    """Seconds in the steps of all stages; None where a step was not timed."""
+    trained = [stage for stage in run if stage["steps"]]
+    if any(stage.get(time) is None for stage in trained):
+        return None
+    return sum(stage["steps"] * stage[time] for stage in trained)
+
+
+def _ratio(
+    own: list[Stages], base: list[Stages], value: Callable[[Stages], float | None]
+) -> float | None:
     """Median over seeds of the paired ratio."""
-    pairs = [(a.get(key), b.get(key)) for a, b in zip(own, base, strict=True)]
+    pairs = [(value(a), value(b)) for a, b in zip(own, base, strict=True)]
     ratios = [a / b for a, b in pairs if a and b]
     return statistics.median(ratios) if ratios else None
 
 
-def _number(value: float | None) -> str:
-    return "?" if value is None else f"{value:.3g}"
-
-
 def _write(result: Comparison, out: Path, json_copy: Path | None) -> None:
-    content = json.dumps(result.as_json(), indent=1) + "\n"
     for path in [out / "compare.json", *([json_copy] if json_copy else [])]:
-        with save_atomic(path) as temporary:
-            temporary.write_text(content)
+        write_json(path, result.as_json())
     with save_atomic(out / "compare.md") as temporary:
         temporary.write_text(result.markdown() + "\n")
     with save_atomic(out / "compare.png") as temporary:

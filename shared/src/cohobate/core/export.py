@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from cohobate.core.catalog import papers
 from cohobate.core.errors import InputError
-from cohobate.core.io import fitting_weights, load_weights, save_atomic
+from cohobate.core.io import fitting_weights, load_weights, result_folder, save_atomic, write_json
 from cohobate.core.module import DistillModule
 from cohobate.core.recipes import Config, build_model
 from cohobate.core.runs import RunFolder, checkpoint_file, load_run, read_run_config, save_student
@@ -23,7 +25,12 @@ Format = Literal["safetensors", "onnx", "hub"]
 
 
 def export(
-    checkpoint: Path, kind: Format, out: Path | None = None, *, push: str | None = None
+    checkpoint: Path,
+    kind: Format,
+    out: Path | None = None,
+    *,
+    push: str | None = None,
+    paper: str | None = None,
 ) -> list[Path]:
     """Write a trained run's student.
 
@@ -32,27 +39,30 @@ def export(
         kind: ``safetensors`` (weights and config), ``onnx``, or ``hub`` (weights, config, card).
         out: Folder; default ``export`` in the run folder.
         push: ``owner/name`` of a Hub repository to upload the ``hub`` layout to.
+        paper: Name of the paper that the run must be of.
 
     Returns:
         The files written.
 
     Raises:
-        InputError: There is no such run, or the ONNX model disagrees with the student.
+        InputError: There is no such run, it is of another paper, ``out`` is no folder, or the ONNX
+            model disagrees with the student.
     """
-    file = checkpoint_file(checkpoint)
+    file = checkpoint_file(checkpoint, paper=paper)
     model = load_run(file)
     folder = out or file.parent / "export"
     if push is not None and kind != "hub":
         raise InputError("--push uploads the Hub layout: add --format hub")
-    if kind == "onnx":
-        path = folder / "student.onnx"
-        return [to_onnx(model.student, model.example_input(), path, open_axes=model.open_axes())]
-    config = read_run_config(file.parent)
-    written = _weights_and_config(model, config, RunFolder(file.parent), folder)
-    if kind == "hub":
-        written.append(_card(RunFolder(file.parent), folder))
-        if push is not None:
-            _upload(folder, push)
+    with result_folder(folder):
+        if kind == "onnx":
+            path, axes = folder / "student.onnx", model.open_axes()
+            return [to_onnx(model.student, model.example_input(), path, open_axes=axes)]
+        config = read_run_config(file.parent)
+        written = _weights_and_config(model, config, RunFolder(file.parent), folder)
+        if kind == "hub":
+            written.append(_card(RunFolder(file.parent), folder))
+    if push is not None:
+        _upload(folder, push)
     return written
 
 
@@ -110,25 +120,52 @@ def to_onnx(
     shapes = tuple({axis: dims[name] for axis, name in axes.items()} for axes in open_axes)
     # an example of size 1 would be taken for a constant where the axis shall stay open
     twice = _doubled(inputs, open_axes)
+    with onnx_file(network, twice, path, dynamic_shapes=shapes) as file:
+        for example in (inputs, twice):
+            _check_onnx(network, example, file, path, tolerance)
+    return path
+
+
+@contextmanager
+def onnx_file(
+    network: nn.Module, inputs: tuple[Tensor, ...], path: Path, **options: Any
+) -> Iterator[Path]:
+    """Put a network into an ONNX file, which the ``with`` block checks; an error there removes it.
+
+    Args:
+        network: The network, in eval mode.
+        inputs: Example inputs, of size 1 in no axis that shall stay open.
+        path: Where the file shall stand; the block gets a sibling.
+        **options: As for `torch.onnx.export`: ``dynamic_shapes``, ``input_names``, ...
+
+    Raises:
+        InputError: The network cannot be put into ONNX.
+    """
     for name in ("onnxscript", "torch.onnx"):  # what it skips because it is not installed
         logging.getLogger(name).setLevel(logging.ERROR)
-    with save_atomic(path) as temporary, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's notes on its own internals
-        try:
-            program = torch.onnx.export(
-                network, twice, dynamo=True, dynamic_shapes=shapes, verbose=False,
-                external_data=False,
-            )  # fmt: skip
-        except torch.onnx.OnnxExporterError as error:
-            reason = str(error.__cause__ or error).strip().splitlines()[0]
-            raise InputError(
-                f"{path}: torch {torch.__version__} cannot put the network into ONNX: {reason}"
-            ) from error
-        assert program is not None
-        program.save(temporary, external_data=False)
-        for example in (inputs, twice):
-            _check_onnx(network, example, temporary, path, tolerance)
-    return path
+    with save_atomic(path) as temporary:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter's notes on its own internals
+            try:
+                program = torch.onnx.export(
+                    network, inputs, dynamo=True, verbose=False, external_data=False, **options
+                )
+            except torch.onnx.OnnxExporterError as error:
+                reason = str(error.__cause__ or error).strip().splitlines()[0]
+                raise InputError(
+                    f"{path}: torch {torch.__version__} cannot put the network into ONNX: {reason}"
+                ) from error
+            assert program is not None
+            program.save(temporary, external_data=False)
+        yield temporary
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """All tensors of a network's output, however they are nested, in order."""
+    if isinstance(output, Tensor):
+        return [output]
+    values = output.values() if isinstance(output, dict) else output
+    return [tensor for value in values for tensor in tensors_of(value)]
 
 
 def _doubled(
@@ -150,7 +187,7 @@ def _check_onnx(
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     feed = {i.name: x.numpy() for i, x in zip(session.get_inputs(), inputs, strict=True)}
     with torch.no_grad():
-        expected = _tensors(network(*inputs))
+        expected = tensors_of(network(*inputs))
     for want, got in zip(expected, session.run(None, feed), strict=True):
         reference = want.numpy()
         scale = max(1.0, float(np.abs(reference).max()))
@@ -160,13 +197,6 @@ def _check_onnx(
                 f"{name}: ONNX Runtime differs from the network by {difference:.2g} "
                 f"(allowed {tolerance:.2g}); nothing was written"
             )
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    values = output.values() if isinstance(output, dict) else output
-    return [tensor for value in values for tensor in _tensors(value)]
 
 
 def _weights_and_config(
@@ -180,9 +210,7 @@ def _weights_and_config(
         "parameters": sum(p.numel() for p in model.student.parameters()),
         "model": config["model"],
     }
-    with save_atomic(described) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-    return [weights, described]
+    return [weights, write_json(described, content)]
 
 
 def _card(run: RunFolder, folder: Path) -> Path:

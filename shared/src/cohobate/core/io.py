@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,44 @@ def save_atomic(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # there is none where nothing can be written
+            temporary.unlink()
+
+
+@contextmanager
+def result_folder(path: Path) -> Iterator[None]:
+    """Make a folder for results before the work starts that they cost.
+
+    On an error, the folders that were made and are still empty are removed again.
+
+    Args:
+        path: The folder; it may exist.
+
+    Raises:
+        InputError: It is a file or lies under one, or nothing can be written there.
+    """
+    made = [folder for folder in (path, *path.parents) if not os.path.exists(folder)]
+    try:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
+        except OSError as error:
+            file = isinstance(error, FileExistsError | NotADirectoryError)
+            reason = "not a folder" if file else error.strerror or error
+            raise InputError(f"{path}: cannot be written: {reason}") from None
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # there is something in it, or it was not made
+                folder.rmdir()
+        raise
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Write JSON that people can read too; whole or not at all, as `save_atomic`."""
+    with save_atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    return path
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -94,8 +133,9 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint by name.
 
     Args:
-        path: A file as in `load_checkpoint`; a nested ``state_dict``, ``model`` or ``ema`` entry is
-            unwrapped, so files written by Lightning and by most training scripts work.
+        path: A file as in `load_checkpoint`; an entry ``state_dict``, ``model_state_dict``,
+            ``model`` or ``module`` is unwrapped, so that files of Lightning and of most training
+            scripts work.
 
     Raises:
         InputError: As `load_checkpoint`, or nothing in the file is a tensor.

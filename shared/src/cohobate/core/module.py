@@ -154,7 +154,7 @@ class DistillModule(pl.LightningModule):
         return {name: m for name, m in self.named_modules() if isinstance(m, Teacher)}
 
     def load_stage(self, weights: dict[str, Tensor]) -> None:
-        """Start from the best weights of an earlier stage (a recipe's ``init_from``).
+        """Start from the weights of an earlier stage (a recipe's ``init_from``).
 
         The default takes every tensor whose name this module has; all of the student's must be
         among them.

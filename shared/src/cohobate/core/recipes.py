@@ -26,8 +26,8 @@ from cohobate.core.module import DistillModule
 Config = dict[str, Any]
 """A LightningCLI config: ``model`` and ``data`` by class_path and init_args, ``trainer``, ..."""
 
-STAGE_KEYS = ("init_from", "shared")
-"""What a recipe's YAML says of its place among the stages."""
+STAGE_KEYS = ("shared", "without")
+"""What YAML says of stages to `compare`: which all arms share, which an arm has no use for."""
 
 TRAINER_DEFAULTS: Config = {
     "accelerator": "auto",
@@ -184,7 +184,17 @@ class Recipe(LightningCLI):
             "--checkpoint_steps", type=int, default=0, help="Save last.ckpt every so many steps too"
         )
         group.add_argument(
-            "--evaluate", choices=["best", "last"], default="best", help="Weights that are tested"
+            "--evaluate",
+            choices=["best", "last"],
+            default="best",
+            help="Weights that are tested, and used wherever the run folder is named",
+        )
+        group.add_argument(
+            "--init_from",
+            type=str,
+            default=None,
+            help="Start from a run folder, a checkpoint, or an earlier stage by its name; of "
+            "several stages the first does",
         )
         model, data = self._model_class, self._datamodule_class
         for name in model.from_data:  # type: ignore[union-attr]
@@ -209,10 +219,10 @@ class Recipe(LightningCLI):
     def resolved(self) -> Config:
         """The whole config as it is run, with what the model took from the data.
 
-        Plain LightningCLI (``subclass_mode``) reads it too.
+        Model, data and trainer are as LightningCLI (``subclass_mode``) writes them.
         """
         dump = yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml"))
-        for key in ("out", "checkpoint_minutes", "checkpoint_steps", "evaluate"):
+        for key in ("out", "checkpoint_minutes", "checkpoint_steps"):
             dump.pop(key, None)
         for name in type(self.model).from_data:
             dump["model"][name] = _plain(getattr(self.datamodule, name))

@@ -1,15 +1,14 @@
-"""Run folders: training a recipe into one, resuming it, and reading it back."""
+"""Training a recipe into a run folder, resuming it, and reading it back."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import logging
 import platform
 import sys
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,22 @@ import torch
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save
+from torch import Tensor
 
 from cohobate.core import catalog
 from cohobate.core.catalog import Stage
 from cohobate.core.errors import InputError
-from cohobate.core.io import fitting_weights, load_weights, save_atomic
+from cohobate.core.folders import (
+    RunFolder,
+    check_paper,
+    check_same,
+    checkpoint_file,
+    read_run_config,
+    same_length,
+    stage_folders,
+    stage_source,
+)
+from cohobate.core.io import fitting_weights, load_weights, result_folder, save_atomic
 from cohobate.core.module import DistillModule
 from cohobate.core.recipes import Config, Recipe, build_model, read_config, take_config_files
 from cohobate.core.training.checkpoints import (
@@ -34,61 +44,18 @@ from cohobate.core.training.checkpoints import (
 from cohobate.core.training.logger import MetricsCsv
 from cohobate.core.training.measure import StepTimer, peak_memory
 
+__all__ = [
+    "RunFolder",
+    "checkpoint_file",
+    "fit",
+    "load_run",
+    "read_run_config",
+    "save_student",
+    "stage_folders",
+    "validate",
+]
+
 log = logging.getLogger("cohobate")
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """The files of one training run.
-
-    Attributes:
-        path: The folder.
-    """
-
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        """The resolved config."""
-        return self.path / "config.yaml"
-
-    @property
-    def best(self) -> Path:
-        """The checkpoint with the best validation metric."""
-        return self.path / "best.ckpt"
-
-    @property
-    def last(self) -> Path:
-        """The checkpoint a stopped run goes on from."""
-        return self.path / "last.ckpt"
-
-    @property
-    def student(self) -> Path:
-        """The student's weights alone."""
-        return self.path / "student.safetensors"
-
-    @property
-    def info(self) -> dict[str, Any]:
-        """The content of ``run.json``; empty when there is none."""
-        path = self.path / "run.json"
-        if not path.exists():
-            return {}
-        try:
-            content = json.loads(path.read_text())
-        except ValueError as error:
-            raise InputError(f"{path}: not JSON: {error}") from None
-        return dict(content)
-
-    @property
-    def finished(self) -> bool:
-        """Whether the run came to its end."""
-        return self.info.get("status") == "finished"
-
-    def note(self, **items: Any) -> None:
-        """Add to ``run.json``."""
-        content = {**self.info, **items}
-        with save_atomic(self.path / "run.json") as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def fit(
@@ -113,8 +80,9 @@ def fit(
         InputError: Bad options or data.
     """
     _quiet()
-    rest, folder = _take_out(list(args))
-    folder = folder or out or Path("runs") / recipe.full_name.split("/", 1)[1].replace("/", "-")
+    rest, given = _take(args, "--out")
+    default = Path("runs") / recipe.full_name.split("/", 1)[1].replace("/", "-")
+    folder = Path(given) if given else out or default
     folders: dict[str, RunFolder] = {}
     for stage, run in zip(recipe.stages, stage_folders(recipe, folder), strict=True):
         _fit_stage(recipe, stage, rest, arm, run, folders, folder)
@@ -122,35 +90,28 @@ def fit(
     return list(folders.values())
 
 
-def stage_folders(recipe: catalog.Recipe, folder: Path) -> list[RunFolder]:
-    """The run folder of each stage of a recipe, in order; a single stage has the folder itself.
-
-    Args:
-        recipe: The recipe.
-        folder: Where it is trained.
-    """
-    if len(recipe.stages) == 1:
-        return [RunFolder(folder)]
-    return [RunFolder(folder / stage.path.stem) for stage in recipe.stages]
-
-
-def validate(checkpoint: Path, args: Sequence[str] = ()) -> dict[str, float]:
+def validate(
+    checkpoint: Path, args: Sequence[str] = (), *, paper: str | None = None
+) -> dict[str, float]:
     """Evaluate a run's weights on its validation and test data.
 
     Args:
         checkpoint: A run folder, or a checkpoint in one.
         args: Options that change the run's config, such as ``--data.root``.
+        paper: Name of the paper that the run must be of.
 
     Returns:
         All metrics by name.
 
     Raises:
-        InputError: There is no such run, or its data cannot be read.
+        InputError: There is no such run, it is of another paper, or its data cannot be read.
     """
     _quiet()
-    file = checkpoint_file(checkpoint)
+    file = checkpoint_file(checkpoint, paper=paper)
     rest, config = take_config_files(args, read_run_config(file.parent))
     built = Recipe(config, rest, lambda _: {"logger": [], "enable_checkpointing": False})
+    if Path(checkpoint).is_dir():  # --evaluate may stand among the options
+        file = RunFolder(file.parent).chosen(built.config.evaluate) or file
     model = _model(built)
     model.load_state_dict(fitting_weights(model, load_weights(file), file))
     results: dict[str, float] = {}
@@ -159,49 +120,17 @@ def validate(checkpoint: Path, args: Sequence[str] = ()) -> dict[str, float]:
     return results
 
 
-def read_run_config(folder: Path) -> Config:
-    """The config of a run folder.
-
-    Raises:
-        InputError: The folder is no run folder.
-    """
-    path = RunFolder(folder).config
-    if not path.exists():
-        raise InputError(f"{folder}: not a run folder (it has no config.yaml)")
-    return read_config(path)
-
-
-def checkpoint_file(path: Path) -> Path:
-    """The checkpoint meant by a run folder (its best, else its last) or by a file.
-
-    Of a run with several stages the last stage that has one is taken.
-
-    Raises:
-        InputError: There is none.
-    """
-    path = Path(path)
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise InputError(f"{path}: no such run folder or checkpoint")
-    stages = sorted(p.parent for p in path.glob("*/config.yaml"))
-    for folder in [path, *reversed(stages)]:
-        for file in (RunFolder(folder).best, RunFolder(folder).last):
-            if file.exists():
-                return file
-    raise InputError(f"{path}: no best.ckpt or last.ckpt in this folder")
-
-
-def load_run(checkpoint: Path) -> DistillModule:
+def load_run(checkpoint: Path, *, paper: str | None = None) -> DistillModule:
     """The trained model of a run, without its data.
 
     Args:
         checkpoint: A run folder, or a checkpoint in one.
+        paper: Name of the paper that the run must be of.
 
     Raises:
-        InputError: There is none, or its weights do not fit its config.
+        InputError: There is none, it is of another paper, or its weights do not fit its config.
     """
-    file = checkpoint_file(checkpoint)
+    file = checkpoint_file(checkpoint, paper=paper)
     model = build_model(read_run_config(file.parent))
     weights = load_weights(file)
     if file.suffix == ".safetensors":  # the student alone
@@ -209,6 +138,27 @@ def load_run(checkpoint: Path) -> DistillModule:
     else:
         model.load_state_dict(fitting_weights(model, weights, file))
     return model.eval()
+
+
+def make_run(folder: Path, weights: Mapping[str, Tensor], model: Config, data: Config) -> None:
+    """Make a run folder of weights from elsewhere, for predict, validate and export.
+
+    Args:
+        folder: The run folder.
+        weights: The module's ``state_dict``.
+        model: Its ``class_path`` and ``init_args``.
+        data: Those of the data module.
+
+    Raises:
+        InputError: There is a run already.
+    """
+    run = RunFolder(folder)
+    if run.config.exists():
+        raise InputError(f"{folder}: there is a run already")
+    with save_atomic(run.best) as temporary:
+        torch.save({"state_dict": dict(weights)}, temporary)
+    with save_atomic(run.config) as temporary:
+        temporary.write_text(yaml.safe_dump({"model": model, "data": data}, sort_keys=False))
 
 
 def save_student(model: DistillModule, path: Path) -> None:
@@ -235,31 +185,69 @@ def _fit_stage(
     root: Path,
 ) -> None:
     config = read_config(stage.path)
-    source = config.get("init_from")
     if arm is not None and not stage.shared:
         config = catalog.overlay(config, read_config(arm))
     fresh = not run.config.exists()
     if not fresh:
+        check_paper(run, recipe.paper.name, stage.name)
         config = read_run_config(run.path)
+    source = config.get("init_from")
     rest, config = take_config_files(args, config)
+    if earlier:  # the options say where the first stage starts, the recipe where the others do
+        rest, _ = _take(rest, "--init_from")
+        config = {**config, "init_from": source}
     built = Recipe(config, rest, lambda cli: _trainer_parts(cli, run))
     resolved = built.resolved()
     if not fresh:
-        _same_run(read_run_config(run.path), resolved, run)
-        if run.finished and _same_length(read_run_config(run.path), resolved):
+        check_same(read_run_config(run.path), resolved, run)
+        if run.finished and same_length(read_run_config(run.path), resolved):
             log.info("%s: already finished (%s)", run.path, stage.name)
             return
     model = _model(built)
-    if source is not None and not run.last.exists():
-        weights = checkpoint_file(earlier[source].path if source in earlier else root / source)
-        model.load_stage(load_weights(weights))
-    _start(recipe, stage, built, resolved, run)
-    resume = run.last if run.last.exists() else None
-    pl.seed_everything(built.config.seed_everything, verbose=False)
-    built.trainer.fit(model, built.datamodule, ckpt_path=resume, weights_only=True)
+    if (source := built.config.init_from) is not None and not run.last.exists():
+        known = earlier.get(source)
+        begun = known.path if known else stage_source(recipe, stage, source, root)
+        _begin(model, checkpoint_file(begun))
+    with _nothing_left_of_bad_input(run):
+        _start(recipe, stage, built, resolved, run)
+        resume = run.last if run.last.exists() else None
+        pl.seed_everything(built.config.seed_everything, verbose=False)
+        built.trainer.fit(model, built.datamodule, ckpt_path=resume, weights_only=True)
     if built.trainer.interrupted:
         raise KeyboardInterrupt
     _finish(built, model, run)
+
+
+def _begin(model: DistillModule, file: Path) -> None:
+    """Give a stage the weights it starts from.
+
+    Raises:
+        InputError: They do not fit.
+    """
+    weights = load_weights(file)
+    if file.suffix == ".safetensors":  # the student alone, under its own names
+        place = {id(t): name for name, t in model.state_dict(keep_vars=True).items()}
+        own = model.student.state_dict(keep_vars=True)
+        weights = {place[id(t)]: weights[name] for name, t in own.items() if name in weights}
+    try:
+        model.load_stage(weights)
+    except InputError as error:
+        raise InputError(f"init_from {file}: {error}") from None
+    log.info("starts from %s", file)
+
+
+@contextmanager
+def _nothing_left_of_bad_input(run: RunFolder) -> Iterator[None]:
+    """A new run that fails before its first checkpoint does not bind the next to its options."""
+    fresh = not run.config.exists()
+    with result_folder(run.path):
+        try:
+            yield
+        except Exception:
+            if fresh and run.chosen("last") is None:
+                for name in ("config.yaml", "run.json", "metrics.csv"):
+                    (run.path / name).unlink(missing_ok=True)
+            raise
 
 
 def _trainer_parts(cli: Recipe, run: RunFolder) -> dict[str, Any]:
@@ -281,10 +269,10 @@ def _trainer_parts(cli: Recipe, run: RunFolder) -> dict[str, Any]:
 def _start(
     recipe: catalog.Recipe, stage: Stage, built: Recipe, resolved: Config, run: RunFolder
 ) -> None:
-    model, data = _model(built), built.datamodule
+    model, describe = _model(built), getattr(built.datamodule, "describe", None)
+    data = describe() if describe else ""
     with save_atomic(run.config) as temporary:
         temporary.write_text(yaml.safe_dump(resolved, sort_keys=False))
-    describe = getattr(data, "describe", None)
     total = sum(p.numel() for p in model.parameters())
     student = sum(p.numel() for p in model.student.parameters())
     run.note(
@@ -293,18 +281,19 @@ def _start(
         stage=stage.name,
         seed=built.config.seed_everything,
         status="running",
-        data=describe() if describe else "",
+        data=data,
         parameters={"student": student, "added": total - student},
         versions=_versions(),
     )
     log.info("%s → %s", recipe.full_name, run.path)
-    if describe:
-        log.info("data: %s", describe())
+    if data:
+        log.info("data: %s", data)
 
 
 def _finish(built: Recipe, model: DistillModule, run: RunFolder) -> None:
     """Test the chosen weights, write the student and the pictures, close ``run.json``."""
-    chosen = run.last if built.config.evaluate == "last" or not run.best.exists() else run.best
+    chosen = run.chosen(built.config.evaluate)
+    assert chosen is not None
     model.load_state_dict(load_weights(chosen))
     results = _evaluate(built.trainer.test, model, built.datamodule)
     if not built.trainer.is_global_zero:
@@ -314,12 +303,14 @@ def _finish(built: Recipe, model: DistillModule, run: RunFolder) -> None:
     with torch.no_grad():
         model.pictures(run.path)
     timer = next(c for c in built.trainer.callbacks if isinstance(c, StepTimer))  # type: ignore[attr-defined]
+    device = built.trainer.strategy.root_device  # the model itself has been moved to the CPU
     best = built.trainer.checkpoint_callback.best_model_score  # type: ignore[union-attr]
     run.note(
         status="finished",
         steps=built.trainer.global_step,
         step_seconds=timer.step_seconds,
-        peak_memory_bytes=peak_memory(model.device),
+        step_cpu_seconds=timer.step_cpu_seconds if device.type == "cpu" else None,
+        peak_memory_bytes=peak_memory(device),
         best={model.monitor: None if best is None else float(best)},
         test=results,
         evaluated=chosen.name,
@@ -348,47 +339,19 @@ def _model(built: Recipe) -> DistillModule:
     return model
 
 
-def _same_run(old: Config, new: Config, run: RunFolder) -> None:
-    """Refuse to continue a run under another model, data or seed.
-
-    Raises:
-        InputError: The first option that differs.
-    """
-    for key in ("model", "data", "seed_everything"):
-        if (difference := _difference(old.get(key), new.get(key), key)) is not None:
-            name, before, after = difference
-            raise InputError(
-                f"{run.path}: this run was started with {name.replace('.init_args', '')} = "
-                f"{before}, not {after}; choose another --out"
-            )
-
-
-def _same_length(old: Config, new: Config) -> bool:
-    keys = ("max_epochs", "max_steps", "max_time")
-    return all(old.get("trainer", {}).get(k) == new.get("trainer", {}).get(k) for k in keys)
-
-
-def _difference(old: Any, new: Any, key: str) -> tuple[str, Any, Any] | None:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in {**old, **new}:
-            if found := _difference(old.get(name), new.get(name), f"{key}.{name}"):
-                return found
-        return None
-    return None if old == new else (key, old, new)
-
-
-def _take_out(args: list[str]) -> tuple[list[str], Path | None]:
-    """Take ``--out DIR`` from the arguments; the trainer's parts need it before parsing."""
-    rest, out = [], None
-    while args:
-        word = args.pop(0)
-        if word == "--out" and args:
-            out = Path(args.pop(0))
-        elif word.startswith("--out="):
-            out = Path(word.partition("=")[2])
+def _take(args: Sequence[str], option: str) -> tuple[list[str], str | None]:
+    """Take an option and its value from the arguments before they are parsed."""
+    rest: list[str] = []
+    queue, found = list(args), None
+    while queue:
+        word = queue.pop(0)
+        if word == option and queue:
+            found = queue.pop(0)
+        elif word.startswith(f"{option}="):
+            found = word.partition("=")[2]
         else:
             rest.append(word)
-    return rest, out
+    return rest, found
 
 
 def _versions() -> dict[str, str]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from cohobate.core.cache import TeacherCache
     from cohobate.core.fused import TopK
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("cohobate")
 
 
 class Teacher(nn.Module):

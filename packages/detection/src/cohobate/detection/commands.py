@@ -7,12 +7,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-import yaml
-
 from cohobate.core.errors import InputError
-from cohobate.core.io import save_atomic
-from cohobate.core.runs import RunFolder, load_run
+from cohobate.core.io import write_json
+from cohobate.core.runs import load_run, make_run
 from cohobate.detection.d_fine import DFine
 from cohobate.detection.d_fine.checkpoint import load_weights_into, save_hub, save_official
 from cohobate.detection.d_fine.serving import to_onnx
@@ -31,20 +28,13 @@ def take(file: Path, variant: Size, out: Path, names: Path | None = None) -> int
         out: The run folder.
         names: A COCO JSON with the categories; by default a Hub folder's own, else COCO's 80.
     """
-    run, categories = RunFolder(out), _categories(file, names)
-    if run.config.exists():
-        raise InputError(f"{out}: there is a run already")
+    categories = _categories(file, names)
     model = DFine(categories=categories, size=640, variant=variant)
     load_weights_into(model.network, file)
     options = {"variant": variant, "size": 640, "categories": [asdict(c) for c in categories]}
-    config = {
-        "model": {"class_path": "cohobate.detection.d_fine.DFine", "init_args": options},
-        "data": {"class_path": "cohobate.detection.data.DetectionData", "init_args": {}},
-    }
-    with save_atomic(run.best) as temporary:
-        torch.save({"state_dict": model.state_dict()}, temporary)
-    with save_atomic(run.config) as temporary:
-        temporary.write_text(yaml.safe_dump(config, sort_keys=False))
+    config = {"class_path": "cohobate.detection.d_fine.DFine", "init_args": options}
+    data = {"class_path": "cohobate.detection.data.DetectionData", "init_args": {}}
+    make_run(out, model.state_dict(), config, data)
     print(f"{out}: {sum(p.numel() for p in model.network.parameters()):,} parameters")
     return None
 
@@ -64,11 +54,8 @@ def give(run: Path, out: Path) -> int | None:
         raise InputError(f"{run}: not a run of detection/d-fine")
     if out.suffix == ".onnx":
         to_onnx(model.network, model.size, out)
-        about = out.with_suffix(".json")
-        with save_atomic(about) as temporary:
-            found = {"size": model.size, "categories": [asdict(c) for c in model.categories]}
-            temporary.write_text(json.dumps(found, indent=2) + "\n")
-        print(f"{out}\n{about}")
+        found = {"size": model.size, "categories": [asdict(c) for c in model.categories]}
+        print(f"{out}\n{write_json(out.with_suffix('.json'), found)}")
         return None
     if model.network.regression != "fdr":
         raise InputError(

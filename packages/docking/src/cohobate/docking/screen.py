@@ -3,7 +3,7 @@
 A chunk of a library is encoded by the student's library tower and kept on disk as float16 under a
 key of its content, the featuriser and the tower's weights. A second target, or a run that was
 killed, finds it there. Lightning runs the chunks through one process or many, on any number of
-machines; each process takes every so manieth chunk, and the ranking is the same.
+machines; the ranking is the same.
 """
 
 from __future__ import annotations

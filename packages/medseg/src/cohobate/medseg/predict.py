@@ -8,9 +8,9 @@ from pathlib import Path
 
 from monai.inferers import sliding_window_inference
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from cohobate.core.errors import InputError
+from cohobate.core.predict import each_file, files_in
 from cohobate.medseg.data.nifti import case_name, nifti_files, read_image, write_label
 from cohobate.medseg.data.preprocess import Preprocess
 from cohobate.medseg.plots import overlay
@@ -71,20 +71,8 @@ class Segmenter:
             InputError: There is nothing to segment, or a file is no fitting image; the others are
                 segmented all the same.
         """
-        paths = _files(inputs)
-        written: list[Path] = []
-        faults: list[str] = []
-        for path in tqdm(paths, desc="segmenting", disable=len(paths) < 2):
-            try:
-                written += self._file(path, out, picture)
-            except InputError as error:
-                faults.append(str(error))
-        if faults:
-            done = len(paths) - len(faults)
-            more = f" (and {len(faults) - 1} more files)" if len(faults) > 1 else ""
-            rest = f"; the other {done} are in {out}" if done else ""
-            raise InputError(f"{faults[0]}{more}{rest}")
-        return written
+        paths = files_in(inputs, nifti_files, "NIfTI files (.nii or .nii.gz)", case_name)
+        return each_file(paths, out, lambda path: self._file(path, out, picture), "segmenting")
 
     def _file(self, path: Path, out: Path, picture: bool) -> list[Path]:
         volume = read_image(path)
@@ -103,16 +91,3 @@ class Segmenter:
         masks = {"segmentation": label}
         overlay(drawn, volume.array[0], masks, self.class_names, volume.affine, path.name)
         return [result, drawn]
-
-
-def _files(inputs: Sequence[Path]) -> list[Path]:
-    by_name: dict[str, Path] = {}
-    for entry in inputs:
-        found = nifti_files(entry) if entry.is_dir() else [entry]
-        if not found:
-            raise InputError(f"{entry}: no NIfTI files (.nii or .nii.gz) in this folder")
-        for path in found:
-            other = by_name.setdefault(case_name(path), path)
-            if other != path:
-                raise InputError(f"{path}: its result would overwrite that of {other}")
-    return list(by_name.values())

@@ -20,7 +20,7 @@ from cohobate.core.cache.reader import META, TeacherCache, read_meta
 from cohobate.core.cache.shards import shard_path, write_shard
 from cohobate.core.cache.spec import CacheSpec, Form, Precision, name_of
 from cohobate.core.errors import InputError
-from cohobate.core.io import save_atomic
+from cohobate.core.io import write_json
 from cohobate.core.training.data import Draw
 
 _SHARD_BYTES = 64 << 20
@@ -277,8 +277,7 @@ def _settle(out: Path, spec: CacheSpec, names: list[str], samples: int) -> int:
         "shard_samples": samples,
         "names": digest,
     }
-    with save_atomic(out / META) as temporary:
-        temporary.write_text(json.dumps(meta, indent=1) + "\n")
+    write_json(out / META, meta)
     return samples
 
 

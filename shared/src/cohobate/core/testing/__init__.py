@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cohobate.core import catalog, cli, runs
-from cohobate.core.export import load_student, to_onnx
+from cohobate.core.export import export, load_student, tensors_of, to_onnx
 from cohobate.core.io import load_checkpoint
 from cohobate.core.module import DistillModule
 from cohobate.core.recipes import Recipe, read_config
@@ -133,6 +133,7 @@ def assert_teachers_frozen(model: DistillModule, batch: Any) -> None:
     model.train()
     model.training_step(batch, 0).backward()
     for network, state in zip(networks, before, strict=True):
+        assert not network.training
         assert all(p.grad is None and not p.requires_grad for p in network.parameters())
         assert all(torch.equal(state[k], v) for k, v in network.state_dict().items())
     owned = {id(p) for p in model.parameters()}
@@ -160,17 +161,15 @@ def assert_export_round_trip(folder: Path, tmp_path: Path, *, onnx: bool = True)
         tmp_path: Where to export to.
         onnx: Also export to ONNX, which compares in ONNX Runtime.
     """
-    from cohobate.core.export import export
-
     model = runs.load_run(folder)
     inputs = tuple(
         torch.randn_like(x) if x.is_floating_point() else x for x in model.example_input()
     )
     with torch.no_grad():
-        expected = _tensors(model.student(*inputs))
+        expected = tensors_of(model.student(*inputs))
         export(folder, "hub", tmp_path / "hub")
         for want, got in zip(
-            expected, _tensors(load_student(tmp_path / "hub")(*inputs)), strict=True
+            expected, tensors_of(load_student(tmp_path / "hub")(*inputs)), strict=True
         ):
             torch.testing.assert_close(got, want)
     if onnx:
@@ -205,10 +204,3 @@ def assert_equal(one: Any, other: Any, name: str = "") -> None:
             assert_equal(left, right, f"{name}[{place}]")
     else:
         assert one == other, name
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    values = output.values() if isinstance(output, dict) else output
-    return [tensor for value in values for tensor in _tensors(value)]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-import yaml
 from jsonargparse import CLI
 
 from cohobate.avviolence.macil_sd.checkpoint import (
@@ -16,8 +14,7 @@ from cohobate.avviolence.macil_sd.checkpoint import (
 )
 from cohobate.avviolence.macil_sd.network import AudioVisualNet
 from cohobate.core.errors import InputError, guard
-from cohobate.core.io import save_atomic
-from cohobate.core.runs import RunFolder, load_run
+from cohobate.core.runs import load_run, make_run
 
 
 def take(file: Path, out: Path = Path("runs/macil-sd-official")) -> None:
@@ -28,9 +25,6 @@ def take(file: Path, out: Path = Path("runs/macil-sd-official")) -> None:
         out: The run folder.
     """
     network = load_official(file)
-    run = RunFolder(out)
-    if run.config.exists():
-        raise InputError(f"{out}: there is a run already")
     layer = network.layer
     sizes = {
         "visual_width": network.fc_v.in_features,
@@ -44,11 +38,8 @@ def take(file: Path, out: Path = Path("runs/macil-sd-official")) -> None:
     }
     model = {"class_path": "cohobate.avviolence.macil_sd.MACILSD", "init_args": sizes}
     data = {"class_path": "cohobate.avviolence.data.BagData", "init_args": {}}
-    with save_atomic(run.best) as temporary:
-        state = {f"network.{name}": value for name, value in network.state_dict().items()}
-        torch.save({"state_dict": state}, temporary)
-    with save_atomic(run.config) as temporary:
-        temporary.write_text(yaml.safe_dump({"model": model, "data": data}, sort_keys=False))
+    weights = {f"network.{name}": value for name, value in network.state_dict().items()}
+    make_run(out, weights, model, data)
     counts = count_parameters(network)
     print(f"{out}: {counts['official']:,} parameters officially, {counts['live']:,} live")
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +25,7 @@ from cohobate.detection.d_fine.network import DFineNet, Regression, best, deploy
 from cohobate.detection.d_fine.optim import RATES, adamw
 from cohobate.detection.d_fine.sizes import Size, config_of
 from cohobate.detection.data import Batch, Category, Picture
+from cohobate.detection.media import Found, look_through
 from cohobate.detection.metrics import CocoScores
 from cohobate.detection.plots import draw, side_by_side
 from cohobate.detection.predict import Detector
@@ -30,8 +33,6 @@ from cohobate.detection.predict import Detector
 log = logging.getLogger("cohobate")
 
 WEIGHTS = {"vfl": 1.0, "bbox": 5.0, "giou": 2.0, "fgl": 0.15, "ddf": 1.5, "ld": 1.5, "kd": 0.1}
-
-
 _DENOISING = Denoising()
 
 
@@ -339,7 +340,19 @@ class DFine(DistillModule):
             picture: Whether to draw the boxes on a copy.
             batch: Frames a pass.
         """
-        return self.detector().files(inputs, out, self.device, threshold, picture, batch)
+        detector = self.detector()
+
+        def look(_: Path, pictures: Sequence[np.ndarray]) -> list[Found]:
+            found = detector.detect(pictures, self.device, threshold)
+            return [
+                Found(one, partial(detector.drawn, pixels, one))
+                for pixels, one in zip(pictures, found, strict=True)
+            ]
+
+        return look_through(
+            inputs, out, look, doing="detecting", results="detections.json",
+            ending="_detected.jpg" if picture else None, batch=batch,
+        )  # fmt: skip
 
     def pictures(self, out: Path) -> None:
         """Truth (left) and detections (right) of the first test pictures, ``detections.png``."""

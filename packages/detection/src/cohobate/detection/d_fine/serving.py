@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cohobate.core.errors import InputError
-from cohobate.core.io import save_atomic
+from cohobate.core.export import onnx_file
 from cohobate.detection.d_fine.network import Detections, DFineNet, deploy
 
 
@@ -31,7 +29,8 @@ def to_onnx(network: DFineNet, size: int, path: Path, *, tolerance: float = 1e-3
         ``path``.
 
     Raises:
-        InputError: ONNX Runtime finds something else; nothing is written.
+        InputError: The network cannot be put into ONNX, or ONNX Runtime finds something else;
+            nothing is written.
     """
     import onnxruntime
 
@@ -40,19 +39,11 @@ def to_onnx(network: DFineNet, size: int, path: Path, *, tolerance: float = 1e-3
     images = torch.rand(2, 3, size, size, generator=draw)
     sizes = torch.tensor([[640.0, 480.0], [480.0, 640.0]])
     batch = torch.export.Dim("batch", min=1)
-    for name in ("onnxscript", "torch.onnx"):  # what it skips because it is not installed
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with save_atomic(path) as temporary:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporter's notes on its own internals
-            program = torch.onnx.export(
-                slim, (images, sizes), dynamo=True, dynamic_shapes=({0: batch}, {0: batch}),
-                input_names=["images", "sizes"], output_names=["labels", "boxes", "scores"],
-                verbose=False, external_data=False,
-            )  # fmt: skip
-        assert program is not None
-        program.save(temporary, external_data=False)
-        session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
+    with onnx_file(
+        slim, (images, sizes), path, dynamic_shapes=({0: batch}, {0: batch}),
+        input_names=["images", "sizes"], output_names=["labels", "boxes", "scores"],
+    ) as file:  # fmt: skip
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
         for count in (1, 2):
             feed = {"images": images[:count].numpy(), "sizes": sizes[:count].numpy()}
             found = Detections(*(torch.from_numpy(x) for x in session.run(None, feed)))

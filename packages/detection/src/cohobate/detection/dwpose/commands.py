@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import yaml
 
 from cohobate.core.errors import InputError
 from cohobate.core.io import save_atomic
-from cohobate.core.runs import RunFolder, load_run
+from cohobate.core.runs import load_run, make_run
 from cohobate.detection.dwpose.checkpoint import load_into, read_weights
 from cohobate.detection.dwpose.keypoints import KeypointSet
 from cohobate.detection.dwpose.method import DWPose
@@ -31,9 +30,6 @@ def take_pose(
         out: The run folder.
         input: Height and width of its input.
     """
-    run = RunFolder(out)
-    if run.config.exists():
-        raise InputError(f"{out}: there is a run already")
     height, width = (int(n) for n in input.split("x"))
     weights = read_weights(file)
     if "head.final_layer.bias" not in weights:
@@ -44,17 +40,10 @@ def take_pose(
     options = {
         "keypoints": asdict(kinds), "size": [width, height], "stage": "plain", "variant": variant,
     }  # fmt: skip
-    config = {
-        "model": {"class_path": "cohobate.detection.dwpose.DWPose", "init_args": options},
-        "data": {
-            "class_path": "cohobate.detection.dwpose.PoseData",
-            "init_args": {"size": [width, height]},
-        },
-    }
-    with save_atomic(run.best) as temporary:
-        torch.save({"state_dict": model.state_dict()}, temporary)
-    with save_atomic(run.config) as temporary:
-        temporary.write_text(yaml.safe_dump(config, sort_keys=False))
+    config = {"class_path": "cohobate.detection.dwpose.DWPose", "init_args": options}
+    seen = {"size": [width, height]}
+    data = {"class_path": "cohobate.detection.dwpose.PoseData", "init_args": seen}
+    make_run(out, model.state_dict(), config, data)
     print(f"{out}: {sum(p.numel() for p in model.network.parameters()):,} parameters")
     return None
 

@@ -5,26 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cohobate.core.errors import InputError
-from cohobate.core.io import save_atomic
 from cohobate.core.runs import load_run
-from cohobate.detection.data.annotations import read_picture
 from cohobate.detection.dwpose.codec import decode
 from cohobate.detection.dwpose.keypoints import KeypointSet, to_openpose
 from cohobate.detection.dwpose.losses import SimCC
 from cohobate.detection.dwpose.plots import draw_people
 from cohobate.detection.dwpose.transforms import batched, crop_of, cut, normalised
-from cohobate.detection.plots import write_picture
-from cohobate.detection.predict import CLIPS, _even, _frames, _json, _paths, _stream
+from cohobate.detection.media import Found, look_through
 
 Where = Callable[[Path, Sequence[np.ndarray]], list[np.ndarray]]
 """File and its pictures → people's boxes ``(n, 5)`` of each: x, y, width, height, score."""
@@ -118,62 +114,20 @@ class Poser:
             raise InputError(
                 f"openpose: needs the 133 whole-body points, there are {len(self.kinds.names)}"
             )
-        paths = _paths(inputs)
-        written: list[Path] = []
-        faults: list[str] = []
-        listed: dict[str, Any] = {}
-        for path in tqdm(paths, desc="posing", disable=len(paths) < 2):
-            try:
-                if path.suffix.lower() in CLIPS:
-                    written += self._clip(path, out, device, where, picture, batch)
-                    continue
-                pixels = read_picture(path)
-                boxes = where(path, [pixels])[0]
-                found = self.find(pixels, boxes, device)
-                listed[str(path)] = self._listed(boxes, found)
-                if picture:
-                    drawn = out / f"{path.stem}_pose.png"
-                    written.append(write_picture(drawn, self._drawn(pixels, found)))
-            except InputError as error:
-                faults.append(str(error))
-        if listed:
-            content = {"names": self._names(), "people": listed}
-            written.insert(0, _json(out / "poses.json", content))
-        if faults:
-            more = f" (and {len(faults) - 1} more files)" if len(faults) > 1 else ""
-            done = len(paths) - len(faults)
-            rest = f"; the other {done} are in {out}" if done else ""
-            raise InputError(f"{faults[0]}{more}{rest}")
-        return written
 
-    def _clip(
-        self, path: Path, out: Path, device: torch.device, where: Where, picture: bool, batch: int
-    ) -> list[Path]:
-        result, drawn = out / f"{path.stem}.json", out / f"{path.stem}_pose.mp4"
-        frames: list[Any] = []
+        def look(path: Path, pictures: Sequence[np.ndarray]) -> list[Found]:
+            boxes = where(path, pictures)
+            points = self.find_all(pictures, boxes, device)
+            return [
+                Found(self._listed(b, people), partial(self._drawn, pixels, people))
+                for pixels, b, people in zip(pictures, boxes, points, strict=True)
+            ]
 
-        def look(group: list[np.ndarray]) -> list[np.ndarray]:
-            boxes = where(path, group)
-            found = self.find_all(group, boxes, device)
-            frames.extend(self._listed(b, f) for b, f in zip(boxes, found, strict=True))
-            return found
-
-        if picture:
-            with save_atomic(drawn) as temporary, av.open(str(temporary), "w") as container:
-                stream: Any = None
-                for group, rate in _frames(path, batch):
-                    stream = stream or _stream(container, group[0], rate)
-                    for pixels, found in zip(group, look(group), strict=True):
-                        frame = _even(self._drawn(pixels, found))
-                        container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
-                if stream is None:
-                    raise InputError(f"{path}: has no pictures")
-                container.mux(stream.encode())
-        else:
-            for group, _ in _frames(path, batch):
-                look(group)
-        content = {"names": self._names(), "file": str(path), "frames": frames}
-        return [_json(result, content), *([drawn] if picture else [])]
+        return look_through(
+            inputs, out, look, doing="posing", results="poses.json",
+            ending="_pose.png" if picture else None, batch=batch, about={"names": self._names()},
+            key="people",
+        )  # fmt: skip
 
     def _names(self) -> list[str]:
         if not self.openpose:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cohobate.core.errors import InputError
-from cohobate.core.io import save_atomic
+from cohobate.core.export import onnx_file
 from cohobate.detection.dwpose.keypoints import BODY, WHOLEBODY, KeypointSet, by_names
 from cohobate.detection.dwpose.losses import SimCC
 from cohobate.detection.dwpose.network import RTMPose
@@ -33,23 +31,15 @@ def to_onnx(network: RTMPose, path: Path, *, tolerance: float = 1e-4) -> Path:
         ``path``.
 
     Raises:
-        InputError: ONNX Runtime finds something else; nothing is written.
+        InputError: The network cannot be put into ONNX, or ONNX Runtime finds something else;
+            nothing is written.
     """
     network = network.cpu().float().eval()
     width, height = network.size
     images = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
-    for name in ("onnxscript", "torch.onnx"):  # what it skips because it is not installed
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with save_atomic(path) as temporary:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporter's notes on its own internals
-            program = torch.onnx.export(
-                network, (images,), dynamo=True, input_names=["input"],
-                output_names=["simcc_x", "simcc_y"], verbose=False, external_data=False,
-            )  # fmt: skip
-        assert program is not None
-        program.save(temporary, external_data=False)
-        run, _ = open_onnx(temporary)
+    names = {"input_names": ["input"], "output_names": ["simcc_x", "simcc_y"]}
+    with onnx_file(network, (images,), path, **names) as file:
+        run, _ = open_onnx(file)
         with torch.no_grad():
             wanted = network(images)
         for want, got in zip(wanted, run(images), strict=True):

@@ -25,12 +25,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """
     if q.device.type == "cpu" and bias.requires_grad:
         return ((q / q.shape[-1] ** 0.5) @ k.mT + bias).softmax(-1) @ v
-    bias = bias.expand(*q.shape[:-1], k.shape[-2])
+    shape, bias = (*q.shape[:-1], v.shape[-1]), bias.expand(*q.shape[:-1], k.shape[-2])
     # Four axes: with more, PyTorch's fused kernels are passed over.
-    found = F.scaled_dot_product_attention(
-        *(x.flatten(0, -4) for x in (q, k, v)), attn_mask=bias.flatten(0, -4)
-    )
-    return found.view(*q.shape[:-1], v.shape[-1])
+    q, k, v, bias = (x.flatten(0, -4) for x in (q, k, v, bias))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).view(shape)
 
 
 class TriangleMultiplication(nn.Module):

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-import yaml
 from jsonargparse import CLI
 
 from cohobate.core.errors import InputError, guard
 from cohobate.core.export import to_onnx
-from cohobate.core.io import save_atomic
-from cohobate.core.runs import RunFolder, load_run
+from cohobate.core.runs import load_run, make_run
 from cohobate.medseg.esp_medsam.method import ESPMedSAM
 from cohobate.medseg.esp_medsam.network import Network, OneModality
 from cohobate.medseg.esp_medsam.official import MODALITIES, load_official, save_official
@@ -26,9 +23,6 @@ def take(file: Path, modality: str, out: Path = Path("runs/esp-medsam-official")
         out: The run folder.
     """
     network, _ = load_official(file, modality)
-    run = RunFolder(out)
-    if run.config.exists():
-        raise InputError(f"{out}: there is a run already")
     options = {
         "modalities": [modality],
         "slots": list(MODALITIES),
@@ -41,11 +35,8 @@ def take(file: Path, modality: str, out: Path = Path("runs/esp-medsam-official")
         "class_path": "cohobate.medseg.esp_medsam.data.ImageData",
         "init_args": {"normalization": "official"},
     }
-    with save_atomic(run.best) as temporary:
-        state = {f"network.{name}": value for name, value in network.state_dict().items()}
-        torch.save({"state_dict": state}, temporary)
-    with save_atomic(run.config) as temporary:
-        temporary.write_text(yaml.safe_dump({"model": model, "data": data}, sort_keys=False))
+    weights = {f"network.{name}": value for name, value in network.state_dict().items()}
+    make_run(out, weights, model, data)
     print(f"{out}: {sum(p.numel() for p in network.parameters()):,} parameters")
 
 

@@ -11,10 +11,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from cohobate.core.errors import InputError
 from cohobate.core.io import save_atomic
+from cohobate.core.predict import each_file, files_in
 from cohobate.medseg.esp_medsam.network import Network
 from cohobate.medseg.esp_medsam.pictures import (
     MEAN,
@@ -56,30 +55,20 @@ def segment_files(
     Raises:
         InputError: There is no image, or a file is none; the others are segmented all the same.
     """
-    written: list[Path] = []
-    faults: list[str] = []
-    paths = _files(inputs)
-    for path in tqdm(paths, desc="segmenting", disable=len(paths) < 2):
-        try:
-            rgb = read_rgb(path)
-        except InputError as error:
-            faults.append(str(error))
-            continue
+
+    def work(path: Path) -> list[Path]:
+        rgb = read_rgb(path)
         mask = segment(network, modality, rgb, size, normalization)
         results = {"mask": 255 * mask.astype(np.uint8)}
         if picture:
             results["overlay"] = overlay(rgb, mask)
-        for kind, pixels in results.items():
-            file = out / f"{path.stem}_{kind}.png"
+        written = [out / f"{path.stem}_{kind}.png" for kind in results]
+        for file, pixels in zip(written, results.values(), strict=True):
             with save_atomic(file) as temporary:
                 Image.fromarray(pixels).save(temporary, format="png")
-            written.append(file)
-    if faults:
-        done = len(paths) - len(faults)
-        more = f" (and {len(faults) - 1} more files)" if len(faults) > 1 else ""
-        rest = f"; the other {done} are in {out}" if done else ""
-        raise InputError(f"{faults[0]}{more}{rest}")
-    return written
+        return written
+
+    return each_file(files_in(inputs, image_files, "images"), out, work, "segmenting")
 
 
 def segment(
@@ -151,16 +140,3 @@ def draw_results(network: Network, pictures: Pictures, path: Path, device: torch
             axis.set_axis_off()
     with save_atomic(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png")
-
-
-def _files(inputs: Sequence[Path]) -> list[Path]:
-    by_name: dict[str, Path] = {}
-    for entry in inputs:
-        found = image_files(entry) if entry.is_dir() else [entry]
-        if not found:
-            raise InputError(f"{entry}: no images in this folder")
-        for path in found:
-            other = by_name.setdefault(path.stem, path)
-            if other != path:
-                raise InputError(f"{path}: its result would overwrite that of {other}")
-    return list(by_name.values())

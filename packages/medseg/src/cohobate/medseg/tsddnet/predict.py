@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
-from cohobate.core.errors import InputError
 from cohobate.core.io import save_atomic
+from cohobate.core.predict import each_file, files_in
 from cohobate.medseg.tsddnet.data import place
 from cohobate.medseg.tsddnet.network import Diagnoser
-from cohobate.medseg.tsddnet.readers import image_files, read_image
+from cohobate.medseg.tsddnet.readers import SUFFIXES, image_files, read_image
 
 TRUTH, FOUND = (255, 196, 0), (0, 210, 255)
 
@@ -47,37 +46,33 @@ def predict(
     Raises:
         InputError: There is no image, or a file is none; the others are done all the same.
     """
-    paths = image_files(inputs)
     rows: list[list[str]] = []
-    written: list[Path] = []
-    faults: list[str] = []
-    for path in tqdm(paths, desc="looking for lesions", disable=len(paths) < 2):
-        try:
-            image = read_image(path)
-        except InputError as error:
-            faults.append(str(error))
-            continue
+
+    def work(path: Path) -> list[Path]:
+        image = read_image(path)
         box, score, p = _look(net, image, image_size)
         name = class_names[int(p.argmax())]
         rows.append([path.name, *(f"{v:.1f}" for v in box), f"{score:.4f}",
                      *(f"{v:.4f}" for v in p), name, "" if score else "whole image"])  # fmt: skip
-        if picture:
-            drawn = out / f"{path.stem}_lesion.png"
-            title = f"{name} {p.max():.2f}" + ("" if score else ", no lesion found")
-            with save_atomic(drawn) as temporary:
-                boxed(image, {FOUND: box} if score else {}, title).save(temporary, "png")
-            written.append(drawn)
-    if rows:
+        if not picture:
+            return []
+        drawn = out / f"{path.stem}_lesion.png"
+        title = f"{name} {p.max():.2f}" + ("" if score else ", no lesion found")
+        with save_atomic(drawn) as temporary:
+            boxed(image, {FOUND: box} if score else {}, title).save(temporary, "png")
+        return [drawn]
+
+    def finish() -> list[Path]:
+        if not rows:
+            return []
         table = out / "lesions.csv"
         header = ["image", "x1", "y1", "x2", "y2", "score", *(f"p_{n}" for n in class_names)]
         with save_atomic(table) as temporary, temporary.open("w", newline="") as file:
             csv.writer(file).writerows([[*header, "class", "note"], *rows])
-        written.insert(0, table)
-    if faults:
-        more = f" (and {len(faults) - 1} more files)" if len(faults) > 1 else ""
-        rest = f"; the other {len(rows)} are in {out}" if rows else ""
-        raise InputError(f"{faults[0]}{more}{rest}")
-    return written
+        return [table]
+
+    paths = files_in(inputs, image_files, f"images ({', '.join(SUFFIXES)})")
+    return each_file(paths, out, work, "looking for lesions", finish)
 
 
 def boxed(

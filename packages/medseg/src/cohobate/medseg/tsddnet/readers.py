@@ -22,7 +22,7 @@ Lesion = Literal["union", "largest"]
 COLUMNS = ("image", "class", "x1", "y1", "x2", "y2")
 SMALLEST = 32  # pixels a side
 _BUSI = re.compile(r"^(.+) \((\d+)\)$")
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -214,21 +214,9 @@ def read_image(path: Path) -> np.ndarray:
     return array.astype(np.uint8)
 
 
-def image_files(inputs: list[Path]) -> list[Path]:
-    """Image files among files and folders; in a folder masks are left out.
-
-    Raises:
-        InputError: A folder has none, or two have one name.
-    """
-    found: dict[str, Path] = {}
-    for entry in inputs:
-        inside = [entry] if entry.is_file() else sorted(filter(_is_image, entry.iterdir()))
-        if not inside:
-            raise InputError(f"{entry}: no images ({', '.join(_SUFFIXES)}) in this folder")
-        for path in inside:
-            if (other := found.setdefault(path.stem, path)) != path:
-                raise InputError(f"{path}: its result would overwrite that of {other}")
-    return list(found.values())
+def image_files(folder: Path) -> list[Path]:
+    """The images in a folder, sorted; masks are left out."""
+    return sorted(filter(_is_image, folder.iterdir()))
 
 
 def difference_hash(image: np.ndarray) -> np.ndarray:
@@ -273,7 +261,7 @@ def duplicates(images: list[np.ndarray], distance: int) -> np.ndarray:
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in _SUFFIXES and "_mask" not in path.stem
+    return path.suffix.lower() in SUFFIXES and "_mask" not in path.stem
 
 
 def _number(path: Path) -> tuple[str, int]:
