@@ -28,6 +28,7 @@ class Linear:
     """A scorer whose code is eight of the bits; it counts what it encodes."""
 
     key = "linear"
+    target = "one"
 
     def __init__(self, seed: int = 0) -> None:
         self.weight = np.random.default_rng(seed).normal(size=8)
@@ -119,7 +120,7 @@ def test_a_second_target_computes_no_fingerprint(library, tmp_path, monkeypatch)
 def test_another_target_does_not_take_up_a_stopped_run(library, tmp_path):
     first = run(library, Linear(0), tmp_path / "same")
     other = Linear(1)
-    other.key = "other"
+    other.target = "other"
     assert best(run(library, other, tmp_path / "same")) != best(first)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -241,9 +240,7 @@ def files(tmp_path_factory):
     settings = read_config(recipe.path)["model"]["init_args"]
     torch.manual_seed(4)
     earlier = AuroBind(**{**settings, **TINY, "stage": "preference"})
-    path = folder / "run" / "preference" / "best.ckpt"
-    path.parent.mkdir(parents=True)
-    torch.save({"state_dict": earlier.state_dict()}, path)
+    torch.save({"state_dict": earlier.state_dict()}, folder / "preference.ckpt")
     return folder
 
 
@@ -253,9 +250,10 @@ def options(folder, **more):
         **{f"model.{k}": v for k, v in TINY.items()}, "model.layout": "released",
         "model.student_weights": folder / "model_aurofast.pt", "model.lr": 0.01,
         "data.protein_embeddings": folder / "esm.npz", "data.max_residues": 8,
-        "data.unlabelled": 1, "data.epoch_samples": 12, "data.batch_size": 6,
+        "data.unlabelled": 0, "data.epoch_samples": 12, "data.batch_size": 6,
         "trainer.max_epochs": 1, "trainer.accelerator": "cpu", "trainer.log_every_n_steps": 1,
-        "trainer.enable_progress_bar": False, "trainer.check_val_every_n_epoch": 1, **more,
+        "trainer.enable_progress_bar": False, "trainer.check_val_every_n_epoch": 1,
+        "init_from": folder / "preference.ckpt", **more,
     }  # fmt: skip
     return [f"--{k}={v}" for k, v in words.items()]
 
@@ -290,7 +288,7 @@ def test_the_released_layout_is_trained_from_released_weights(files, released):
 
 
 def test_the_teacher_stays_and_the_student_is_kept_alone(files, released, tmp_path):
-    old = load_weights(released / "preference" / "best.ckpt")
+    old = load_weights(files / "preference.ckpt")
     new = load_weights(runs.checkpoint_file(released))
     assert all(torch.equal(v, new[k]) for k, v in old.items())
     assert {k.split(".")[0] for k in new} == {"network", "fast", "adapter"}
@@ -364,6 +362,21 @@ def test_a_library_is_screened_by_the_released_layout(files, released, words, tm
         assert score == pytest.approx(wanted.item(), abs=2e-3), "the cache is half precision"
 
 
+def test_another_proteins_embedding_begins_the_ranking_again(files, released, words, tmp_path):
+    """In one output folder; the encoded library stays."""
+    tables = []
+    for number, name in enumerate(("CDK2", "ESR1")):
+        with np.load(files / "esm.npz") as arrays:
+            np.save(tmp_path / f"{name}.npy", 9 * arrays[name])
+        done = run_command(
+            *words(released, "--protein_embedding", tmp_path / f"{name}.npy"), domain="docking"
+        )
+        assert f"{1 - number} chunks encoded" in done.out
+        with (tmp_path / "out" / "ranking.csv").open() as file:
+            tables.append({row["smiles"]: row["student"] for row in csv.DictReader(file)})
+    assert all(tables[0][smiles] != tables[1][smiles] for smiles in tables[0])
+
+
 def test_what_is_missing_for_a_screen_is_said(files, released, words, tmp_path):
     missing = run_command(*words(released), domain="docking")
     assert_one_line(missing, "protein embeddings of 6 channels", "protein_embedding names its file")
@@ -396,6 +409,5 @@ def test_a_labelled_library_names_its_targets_embedding(files, words, tmp_path):
     ],
 )
 def test_a_fit_without_its_files_is_one_line(files, tmp_path, more, part):
-    shutil.copytree(files / "run" / "preference", tmp_path / "preference")
     with pytest.raises(InputError, match=part):
-        runs.fit(last_stage(), options(files, **more), out=tmp_path)
+        runs.fit(last_stage(), options(files, **more), out=tmp_path / "run")

@@ -47,6 +47,8 @@ class Scorer(Protocol):
 
     key: str
     """Hash of the library tower's weights and of what else a chunk's code depends on."""
+    target: str
+    """Hash of the target: a stopped run goes on with the same one alone."""
 
     def encode(self, bits: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Codes (n, D) of molecules from fingerprints (n, bits) and atom counts (n, elements)."""
@@ -257,7 +259,7 @@ class Screening(pl.LightningModule):
         self.library, self.scorer, self.cache, self.file = library, scorer, cache, state
         self.chunk, self.executor, self.progress = chunk, executor, progress
         self.part, self.parts = Part(Top(top)), list[Part]()
-        about = f"{VERSION} {scorer.key} {chunk} {top} {library.resolve()}"
+        about = f"{VERSION} {scorer.key} {scorer.target} {chunk} {top} {library.resolve()}"
         if library.exists():
             about += f" {library.stat().st_size} {library.stat().st_mtime_ns}"
         self.mark = hashlib.sha256(about.encode()).hexdigest()

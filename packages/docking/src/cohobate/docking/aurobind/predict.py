@@ -205,8 +205,12 @@ class StudentScorer(nn.Module):
         super().__init__()
         if model.fast is None:
             raise InputError(f"stage {model.stage}: screening needs a run of the last stage")
-        protein = pocket_features(pocket)["embedding"].to(model.device)
         _same_embedding(model, pocket)
+        seen = pocket_features(pocket)
+        self.target = hashlib.sha256(
+            b"".join(v.numpy().tobytes() for v in seen.values())
+        ).hexdigest()
+        protein = seen["embedding"].to(model.device)
         self.fast = model.fast
         chosen = [molecules[i] for i in centroids(molecules, model.centroids)]
         bits = np.stack([fingerprint(m) for m in chosen])
