@@ -20,6 +20,7 @@ def screen(
     size: tuple[float, float, float] = (20.0, 20.0, 20.0),
     residues: list[str] | None = None,
     max_residues: int = 24,
+    protein_embedding: Path | None = None,
     out: Path = Path("screen"),
     cache: Path = Path("screen/cache"),
     top: int = 1000,
@@ -43,6 +44,8 @@ def screen(
         size: … and its size …
         residues: … or the site's residues, A:123.
         max_residues: The pocket is cut to these nearest to its centre; as in training.
+        protein_embedding: .npz or .npy with the protein's embedding, where the run was trained with
+            such; of several arrays that with the receptor file's name, up to its dot.
         out: Folder for ranking.csv, problems.csv and top.png; an existing one goes on.
         cache: Folder for the encoded library, shared by targets.
         top: How many molecules are kept.
@@ -59,7 +62,7 @@ def screen(
     from cohobate.docking.aurobind.predict import Site, screen_library
 
     model = load_run(checkpoint)
-    site = Site(receptor, ligand, centre, size, residues, max_residues)
+    site = Site(receptor, ligand, centre, size, residues, max_residues, protein_embedding)
     found = screen_library(
         model, library, site, out, top=top, rescore=rescore, filters=filters, known=known,
         cache=cache, chunk=chunk, workers=workers, accelerator=accelerator, devices=devices,
@@ -89,8 +92,9 @@ def retrospective(
     """Screen libraries of known actives, with controls that need no structure beside the student.
 
     Args:
-        targets: CSV with columns target, library, receptor, ligand and perhaps group; a library is
-            CSV with columns smiles and label. Ligands known of the site are not counted.
+        targets: CSV with columns target, library, receptor, ligand, perhaps group and
+            protein_embedding (as for screen); a library is CSV with columns smiles and label.
+            Ligands known of the site are not counted.
         checkpoint: Runs of docking/aurobind; measures are averaged over them.
         out: The JSON; a picture of the enrichment curves stands beside it.
         exclude: Column of the libraries that marks with 1 what the model was trained on.

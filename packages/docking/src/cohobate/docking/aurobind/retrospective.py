@@ -55,6 +55,7 @@ class Case:
         receptor: The protein.
         ligand: Ligands known of the site: the first says where it is, and none is counted.
         group: Means are taken over each group, such as targets seen in training.
+        protein_embedding: As for `Site`, where the runs need it.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Case:
     receptor: Path
     ligand: Path
     group: str = ""
+    protein_embedding: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Library:
 
 
 def read_cases(path: Path) -> list[Case]:
-    """Read a table with columns target, library, receptor, ligand and perhaps group.
+    """Read a table: target, library, receptor, ligand, and perhaps group and protein_embedding.
 
     Args:
         path: CSV; its paths are relative to its own folder.
@@ -107,7 +109,8 @@ def read_cases(path: Path) -> list[Case]:
     for number, row in enumerate(table, 2):
         if missing := [name for name in _COLUMNS if not row.get(name)]:
             raise InputError(f"{path}: line {number}: no {missing[0]}")
-        files = {name: path.parent / row[name] for name in _COLUMNS[1:]}
+        given = [name for name in (*_COLUMNS[1:], "protein_embedding") if row.get(name)]
+        files = {name: path.parent / row[name] for name in given}
         for found in files.values():
             if not found.exists():
                 raise InputError(f"{path}: line {number}: {found}: no such file")
@@ -213,7 +216,12 @@ def retrospective(
         raise InputError("retrospective: the control needs a second target")
     if unknown := sorted(set(dock) - {case.name for case in cases}):
         raise InputError(f"retrospective: no target {unknown[0]} to dock into")
-    sites = [Site(c.receptor, c.ligand, max_residues=max_residues).pocket() for c in cases]
+    sites = [
+        Site(
+            c.receptor, c.ligand, max_residues=max_residues, protein_embedding=c.protein_embedding
+        ).pocket()
+        for c in cases
+    ]  # fmt: skip
     table = []
     for place, case in enumerate(tqdm(cases, disable=not progress, unit="target")):
         library = read_library(case, exclude)

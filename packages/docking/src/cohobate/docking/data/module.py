@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from cohobate.core.errors import InputError
 from cohobate.core.training.data import EpochSampler, ResumableLoader
 from cohobate.docking.data import sources
+from cohobate.docking.data.embeddings import ProteinEmbeddings
 from cohobate.docking.data.features import Batch, Complex, collate
 from cohobate.docking.data.molecules import Problems
 from cohobate.docking.data.prepare import choose
@@ -158,6 +159,9 @@ class ComplexData(pl.LightningDataModule):
         unlabelled: Further molecules for each target, without pose or label; the student learns
             on them what the teacher thinks.
         unlabelled_from: SMILES file they are drawn from; default the NCI list in the rdkit wheel.
+        protein_embeddings: ``.npz`` with an array for each target, by its name: embeddings of the
+            residues (L, C) by a protein language model, or their mean (C,). The student sees them
+            instead of the pocket's residue types and shape.
         max_residues: A pocket is cut to the residues nearest to its ligands' centre.
         max_atoms: Molecules with more heavy atoms are left out.
         batches: ``complexes`` with a pose, ``lists`` of one target each, or ``pairs``: half of them
@@ -179,6 +183,7 @@ class ComplexData(pl.LightningDataModule):
         labelled: float = 1.0,
         unlabelled: int = 0,
         unlabelled_from: Path | None = None,
+        protein_embeddings: Path | None = None,
         max_residues: int = 32,
         max_atoms: int = 48,
         batches: Literal["complexes", "lists", "pairs"] = "complexes",
@@ -193,6 +198,8 @@ class ComplexData(pl.LightningDataModule):
         self.root, self.split, self.seed = root, split, seed
         self.posed, self.labelled = posed, labelled
         self.unlabelled, self.unlabelled_from = unlabelled, unlabelled_from
+        self.proteins = ProteinEmbeddings(protein_embeddings) if protein_embeddings else None
+        self.protein_channels = self.proteins.channels if self.proteins else None
         self.max_residues, self.max_atoms = max_residues, max_atoms
         self.batches, self.lists = batches, lists
         self.batch_size, self.epoch_samples = batch_size, epoch_samples
@@ -210,6 +217,10 @@ class ComplexData(pl.LightningDataModule):
         ]  # fmt: skip
         for places in sources.by_target(found).values():
             self._cut([found[i] for i in places])
+        if self.proteins is not None:
+            of = {name: self.proteins.of(name) for name in sorted({c.target for c in found})}
+            for one in found:
+                one.pocket = replace(one.pocket, embedding=of[one.target])
         self.parts = self.split.apply(found)
         held = {Chem.MolToSmiles(found[i].molecule) for p in ("val", "test") for i in self.parts[p]}
         targets = sources.by_target([found[i] for i in self.parts["train"]])
@@ -263,6 +274,7 @@ class ComplexData(pl.LightningDataModule):
         )
         more = f", {len(self.extra)} unlabelled pairs" if self.extra else ""
         bad = f"; {len(self.problems.found)} records not readable" if self.problems.found else ""
+        more += f", protein embeddings of {self.proteins.path.name}" if self.proteins else ""
         return f"{source}: {targets} targets, {counts} complexes by {self.split.by}{more}{bad}"
 
     @property

@@ -49,6 +49,7 @@ class Pocket:
         side: Centroids of the side chains' heavy atoms, Cα where there are none (P, 3), Å.
         names: ``chain:number+insertion code`` of each residue.
         chains: The whole chains that line it; none where only the pocket is known.
+        embedding: Of the whole protein, by a protein language model (C,), where there is one.
     """
 
     types: np.ndarray
@@ -56,6 +57,7 @@ class Pocket:
     side: np.ndarray
     names: tuple[str, ...]
     chains: tuple[Chain, ...] = ()
+    embedding: np.ndarray | None = None
 
     @property
     def centre(self) -> np.ndarray:
@@ -68,7 +70,9 @@ class Pocket:
             return self
         near = np.sort(np.linalg.norm(self.side - point, axis=1).argsort(kind="stable")[:count])
         names = tuple(self.names[i] for i in near)
-        return Pocket(self.types[near], self.ca[near], self.side[near], names, self.chains)
+        return replace(
+            self, types=self.types[near], ca=self.ca[near], side=self.side[near], names=names
+        )
 
 
 def read_receptor(path: Path, *, hydrogens: bool = False) -> gemmi.Structure:
