@@ -163,6 +163,14 @@ class AuroBind(DistillModule):
             "mse": mse_anchor if stage == "preference" else 1.0, "hidden": alpha,
         }  # fmt: skip
         super().__init__(distill=distill, weights=weights)
+        for name, value in {
+            "tau": tau,
+            "draws": draws,
+            "centroids": centroids,
+            "poses": poses,
+        }.items():
+            if value <= 0:
+                raise InputError(f"model.{name} {value:g} is not above 0")
         self.network = StructureModel(
             single, pair, trunk_blocks, width, diffusion_blocks, heads, fitness_blocks,
             fitness_hidden, confidence_blocks, pair_rows, symmetry, noise,
