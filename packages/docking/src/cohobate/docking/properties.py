@@ -9,6 +9,7 @@ from rdkit import Chem, DataStructs
 from rdkit.Chem import Descriptors, rdMolDescriptors
 
 from cohobate.docking.data.features import bit_vector
+from cohobate.docking.data.molecules import largest_fragment
 
 
 def esol(molecule: Chem.Mol) -> float:
@@ -52,19 +53,23 @@ class Filters:
     def describe(
         self, molecule: Chem.Mol, known: list[DataStructs.ExplicitBitVect]
     ) -> dict[str, Any]:
-        """Properties by name, the nearest similarity to ``known``, and whether all limits hold."""
+        """Properties by name, the nearest similarity to ``known``, and whether all limits hold.
+
+        Counter-ions do not count. Without known actives the similarity is ``None``, and no limit.
+        """
+        molecule = largest_fragment(molecule)
         values = {
             "weight": _weight(molecule), "logp": _logp(molecule),
             "donors": rdMolDescriptors.CalcNumHBD(molecule),
             "acceptors": rdMolDescriptors.CalcNumHBA(molecule), "logs": esol(molecule),
         }  # fmt: skip
-        near = 0.0
+        near = None
         if known:
             near = max(DataStructs.BulkTanimotoSimilarity(bit_vector(molecule), known))
         passed = (
             values["weight"] >= self.weight and values["logp"] <= self.logp
             and values["donors"] <= self.donors and values["acceptors"] <= self.acceptors
-            and values["logs"] >= self.solubility and near <= self.similarity
+            and values["logs"] >= self.solubility and (near is None or near <= self.similarity)
         )  # fmt: skip
         return {**values, "similarity_to_known": near, "passed": passed}
 

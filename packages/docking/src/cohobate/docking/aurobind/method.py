@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -26,7 +25,6 @@ from cohobate.docking.aurobind.targets import Answers, ask
 from cohobate.docking.data.features import BITS, ELEMENTS, POCKET_CHANNELS, Batch
 from cohobate.docking.metrics import ranking
 
-log = logging.getLogger("cohobate")
 Stage = Literal["structure", "self-distil", "fitness", "preference", "student"]
 
 
@@ -163,6 +161,14 @@ class AuroBind(DistillModule):
             "mse": mse_anchor if stage == "preference" else 1.0, "hidden": alpha,
         }  # fmt: skip
         super().__init__(distill=distill, weights=weights)
+        for name, value in {
+            "tau": tau,
+            "draws": draws,
+            "centroids": centroids,
+            "poses": poses,
+        }.items():
+            if value <= 0:
+                raise InputError(f"model.{name} {value:g} is not above 0")
         self.network = StructureModel(
             single, pair, trunk_blocks, width, diffusion_blocks, heads, fitness_blocks,
             fitness_hidden, confidence_blocks, pair_rows, symmetry, noise,
@@ -434,11 +440,8 @@ class AuroBind(DistillModule):
         if not self._seen:
             return
         if "rmsd" in self._seen[0]:
-            rows, self._seen = self._seen, []
-            every = {k: np.array([row[k] for row in rows]) for k in rows[0]}
-            found = {k: float(np.median(v)) for k, v in every.items()}
-            for kind in ("", "relaxed_"):
-                found[f"{kind}success"] = float((every[f"{kind}rmsd"] <= 2).mean())
+            found = structure.summary(self._seen)
+            self._seen.clear()
         else:
             found = self._scores()
         self.log_dict({f"test/{k}": v for k, v in found.items()})

@@ -129,6 +129,7 @@ class Complex:
         pocket: Its pocket.
         label: pK, or NaN.
         weight: σ of the label; 1 when unknown.
+        group: Name of those that its label is ranked among; the target's when empty.
     """
 
     target: str
@@ -137,6 +138,7 @@ class Complex:
     pocket: Pocket
     label: float = float("nan")
     weight: float = 1.0
+    group: str = ""
 
     def features(self) -> Batch:
         """Everything as tensors; ``pose`` (A, 3) in the pocket frame, NaN when unknown."""
