@@ -341,7 +341,8 @@ class ComplexData(pl.LightningDataModule):
         """
         shown, labelled = (set(self.places("train", **{k: True})) for k in ("pose", "label"))
         found = [i for i in sorted(self.parts["train"]) if i not in shown]
-        kept = [i for i in found if not self._near_held(i) and self._wanted(i, i in labelled)]
+        chains, near = {i: self.data.complexes[i].pocket.chains for i in found}, self._near_held()
+        kept = [i for i in found if chains[i] not in near and self._wanted(i, i in labelled)]
         if len(kept) < len(found):
             log.info(
                 "self-distillation: %d of %d complexes are left out: near to a held-out protein "
@@ -350,13 +351,18 @@ class ComplexData(pl.LightningDataModule):
             )  # fmt: skip
         return kept
 
-    def _near_held(self, place: int) -> bool:
+    def _near_held(self) -> set[tuple[Chain, ...]]:
+        """Chains of the training proteins that are too near to a held-out one."""
         if self.split.by != "protein" or self.max_identity is None:
-            return False
-        every = self.data.complexes
-        held = {every[i].pocket.chains for p in ("val", "test") for i in self.parts[p]}
-        own = every[place].pocket.chains
-        return any(identity(a, b) > self.max_identity for other in held for a in own for b in other)
+            return set()
+        chains = {
+            p: {self.data.complexes[i].pocket.chains for i in v} for p, v in self.parts.items()
+        }
+        held = {chain for own in chains["val"] | chains["test"] for chain in own}
+        return {
+            own for own in chains["train"]
+            if any(identity(a, b) > self.max_identity for a in own for b in held)
+        }  # fmt: skip
 
     def _wanted(self, place: int, labelled: bool) -> bool:
         if self.ic50_min_nM is None and self.ic50_max_nM is None:
@@ -425,11 +431,11 @@ def identity(a: Chain, b: Chain) -> float:
         0.5
     """
     # gemmi's matrix goes by three letters; it knows no J.
-    both = [
+    first, second = (
         gemmi.expand_one_letter_sequence(c.sequence.replace("J", "X"), gemmi.ResidueKind.AA)
         for c in (a, b)
-    ]
-    found = gemmi.align_string_sequences(*both, [], gemmi.AlignmentScoring("b"))
+    )
+    found = gemmi.align_string_sequences(first, second, [], gemmi.AlignmentScoring("b"))
     return found.match_count / max(min(len(a.sequence), len(b.sequence)), 30)
 
 

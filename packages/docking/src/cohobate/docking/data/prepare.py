@@ -197,10 +197,11 @@ def write_sequences(path: Path, target: str, chains: Sequence[Chain]) -> None:
     known = [row for _, row in table(path)] if path.exists() else []
     rows = [(r["target"], r["sequence"]) for r in known if r.get("target") != target]
     rows += [(target, chain.sequence) for chain in chains]
+    rows.sort(key=lambda row: row[0])
     with save_atomic(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("target", "sequence"))
-        writer.writerows(sorted(rows, key=lambda row: row[0]))
+        writer.writerows(rows)
 
 
 def _gzip(path: Path, text: str) -> None:
