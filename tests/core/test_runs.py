@@ -18,6 +18,7 @@ import yaml
 from cohobate.core import catalog, runs
 from cohobate.core.errors import InputError
 from cohobate.core.export import export, load_student
+from cohobate.core.folders import stage_source
 from cohobate.core.io import load_checkpoint, load_weights
 from cohobate.core.testing import (
     assert_one_line,
@@ -300,6 +301,15 @@ def test_stages_alone_one_after_the_other(fit, warm: Path, in_tmp: Path) -> None
     run = fit(None, recipe="toy/staged/distil")
     assert str(run) == "runs/staged-distil"
     assert starts_from(run, Path("runs/staged-warm/last.ckpt"))
+
+
+def test_a_stage_of_a_setting_looks_in_the_setting(warm: Path, tmp_path: Path) -> None:
+    """``recipe/big/2-distil.yaml`` goes on from ``x-big``, not from the default's ``x``."""
+    shutil.copytree(warm, tmp_path / "runs" / "x-big" / "1-warm")
+    recipe = catalog.find("toy/staged/distil")
+    stage = catalog.Stage("distil", Path("recipe/big/2-distil.yaml"))
+    found = stage_source(recipe, stage, "warm", tmp_path / "runs" / "x-distil")
+    assert found == tmp_path / "runs" / "x-big" / "1-warm"
 
 
 def test_a_stage_of_that_name_of_another_paper_is_passed_over(

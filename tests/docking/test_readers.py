@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rdkit import Chem
+from rdkit.Chem import rdDepictor
 
 from cohobate.core.errors import InputError
-from cohobate.docking.data.molecules import Problems, largest_fragment, read, rows
+from cohobate.docking.data import ComplexData, Lists, Split
+from cohobate.docking.data.molecules import Problems, largest_fragment, read, reference, rows
 from cohobate.docking.data.receptors import (
     Chain,
     crop,
@@ -41,6 +43,8 @@ def test_a_messy_list_is_read_and_what_is_bad_is_listed(tmp_path):
     path.write_text(MESSY)
     found, bad = names(path)
     assert found == ["aspirin", "salt", "l-ala"]
+    (tmp_path / "MESSY.SMI").write_bytes(b"\xef\xbb\xbf" + MESSY.encode())
+    assert names(tmp_path / "MESSY.SMI")[0] == found
     assert bad[0].startswith("messy.smi: line 2: not SMILES")
     assert bad[1].startswith("messy.smi: line 4: Explicit valence")
     assert len(bad) == 2
@@ -77,6 +81,13 @@ def test_every_kind_of_library(tmp_path, kind):
     assert [row[:2] for row in rows(path, Problems())] == found
 
 
+def damaged(content: bytes) -> bytes:
+    """Compressed, with wrong bytes inside."""
+    whole = bytearray(gzip.compress(content, mtime=0))
+    whole[12:16] = b"\xff" * 4
+    return bytes(whole)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -84,25 +95,45 @@ def test_every_kind_of_library(tmp_path, kind):
         ("library.csv", b"a,b\n1,2\n", "no column smiles"),
         ("library.smi.gz", b"not gzip", "library.smi.gz: "),
         ("library.parquet", b"no", "library.parquet: "),
+        ("library.smi.gz", damaged(b"CCO\n" * 999), r"library\.smi\.gz: .*(decompress|CRC)"),
+        ("library.smi.gz", damaged(b"CCO\n" * 999)[:30], r"library\.smi\.gz: "),
+        ("library.sdf.gz", damaged(b"CCO\n" * 999), r"library\.sdf\.gz: .*(decompress|CRC)"),
+        ("library.csv", b"smiles\n" + b"C" * 150_000, r"library\.csv: field larger"),
+        ("library.csv", "smiles,id\nC,\xe9\n".encode("latin-1"), r"library\.csv: 'utf-8' codec"),
     ],
 )
-def test_what_is_no_library_is_one_line(tmp_path, name, content, message):
+@pytest.mark.parametrize("reader", [read, rows])
+def test_what_is_no_library_is_one_line(tmp_path, reader, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
-        list(read(tmp_path / name, Problems()))
+        list(reader(tmp_path / name, Problems()))
+
+
+def test_a_truncated_file_of_poses_is_one_line(tmp_path):
+    content = (embedded_folder() / "CDK2.poses.sdf.gz").read_bytes()
+    (tmp_path / "CDK2.poses.sdf.gz").write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"CDK2\.poses\.sdf\.gz: Compressed file ended before"):
+        load(tmp_path, Problems())
+
+
+def test_a_csv_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfsmiles,id\nCCO,a\n")
+    assert [row[:2] for row in rows(tmp_path / "a.csv", Problems())] == [("CCO", "a")]
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("r.txt", "", "a receptor is"),
-        ("r.pdb", "HEADER\n", "no amino acid"),
-        ("r.cif", "no cif", "r.cif: "),
-        ("r.pdb.gz", "not gzip", "r.pdb.gz: "),
+        ("r.txt", b"", "a receptor is"),
+        ("r.pdb", b"HEADER\n", "no amino acid"),
+        ("r.cif", b"no cif", "r.cif: "),
+        ("r.pdb.gz", b"not gzip", "r.pdb.gz: "),
+        ("r.pdb.gz", damaged(b"ATOM\n" * 999), r"r\.pdb\.gz: .*(decompress|CRC)"),
+        ("r.pdb", b"\xe9\xff", r"r\.pdb: 'utf-8' codec"),
     ],
 )
 def test_what_is_no_receptor_is_one_line(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_bytes(text)
     with pytest.raises(InputError, match=message):
         read_receptor(tmp_path / name)
 
@@ -138,6 +169,26 @@ def test_bad_pockets(receptor):
         find_pocket(receptor, residues=["A:9999"])
     with pytest.raises(InputError, match="by a ligand, a box, or residues"):
         find_pocket(receptor)
+
+
+@pytest.mark.parametrize("size", [(0, 20, 20), (20, -1, 20), (20, 20, float("nan")), (20, 20)])
+def test_a_box_without_volume_is_one_line(receptor, size):
+    with pytest.raises(InputError, match="r: a box has a centre of three numbers and a size of"):
+        find_pocket(receptor, box=((0, 0, 0), size), source="r")
+    with pytest.raises(InputError, match="is the box in its frame"):
+        find_pocket(receptor, box=((9e3, 0, 0), (1, 1, 1)))
+    with pytest.raises(InputError, match="a box has a centre"):
+        Box((0, 0, 0), size)
+
+
+def test_a_drawing_is_no_reference_ligand(receptor, tmp_path):
+    with pytest.raises(InputError, match="reference ligand has no 3-D coordinates"):
+        find_pocket(receptor, ligand=np.eye(5, 3) * [1.0, 1.0, 0.0])
+    drawn = Chem.MolFromSmiles("CCO")
+    rdDepictor.Compute2DCoords(drawn)
+    (tmp_path / "drawn.sdf").write_text(Chem.SDWriter.GetText(drawn))
+    with pytest.raises(InputError, match=r"drawn\.sdf: .* has no 3-D coordinates"):
+        reference(tmp_path / "drawn.sdf")
 
 
 def test_a_glycine_has_its_side_chain_at_its_alpha_carbon(receptor):
@@ -201,7 +252,11 @@ def test_a_sequence_has_what_was_not_resolved_where_the_file_knows_it(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("center_x = 1\n", "no number for"), ("", "no number for")],
+    [
+        ("center_x = 1\n", "no number for"),
+        ("", "no number for"),
+        ("".join(f"center_{a} = 1\nsize_{a} = 0\n" for a in "xyz"), r"box\.txt: a box has"),
+    ],
 )
 def test_bad_boxes(tmp_path, text, message):
     (tmp_path / "box.txt").write_text(text)
@@ -216,23 +271,120 @@ def test_a_folder_without_complexes_is_one_line(tmp_path):
         load(tmp_path / "x", Problems())
 
 
+def pdbbind(root: Path, table: str = "", count: int = 12) -> Path:
+    """Complexes of one target in a folder each, made from the embedded poses."""
+    records = list(read(embedded_folder() / "CDK2.poses.sdf.gz", Problems()))[:count]
+    pocket = gzip.decompress((embedded_folder() / "CDK2.pocket.pdb.gz").read_bytes())
+    for number, record in enumerate(records):
+        folder = root / f"c{number}"
+        folder.mkdir(parents=True)
+        (folder / f"c{number}_protein.pdb").write_bytes(pocket)
+        text = Chem.SDWriter.GetText(record.molecule)
+        (folder / f"c{number}_ligand.sdf").write_text(text)
+    if table:
+        (root / "affinities.csv").write_text(table)
+    return root
+
+
 def test_a_pdbbind_style_folder(tmp_path):
-    source = embedded_folder()
-    target = next(source.glob("*.poses.sdf.gz")).name.split(".")[0]
-    record = next(iter(read(source / f"{target}.poses.sdf.gz", Problems())))
-    for name in ("1abc", "2abc"):
-        folder = tmp_path / name
-        folder.mkdir()
-        pocket = gzip.decompress((source / f"{target}.pocket.pdb.gz").read_bytes())
-        (folder / f"{name}_protein.pdb").write_bytes(pocket)
-    (tmp_path / "1abc" / "1abc_ligand.sdf").write_text(Chem.SDWriter.GetText(record.molecule))
-    (tmp_path / "affinities.csv").write_text("id,pK\n1abc,6.5\n")
+    pdbbind(tmp_path, "\ufeffid,pK,error\nc0,6.5,0.3\nc1,,\n", 3)
+    (tmp_path / "c2" / "c2_ligand.sdf").unlink()
     problems = Problems()
-    (found,) = load(tmp_path, problems)
-    assert (found.target, found.label) == ("1abc", 6.5)
-    assert problems.lines() == ["2abc_protein.pdb: folder: no 2abc_ligand.sdf or .mol2"]
-    (chain,) = found.pocket.chains
-    assert len(chain.sequence) == len(read_receptor(source / f"{target}.pocket.pdb.gz")[0][0])
+    found = load(tmp_path, problems)
+    assert [(c.target, c.label, c.weight) for c in found[:1]] == [("c0", 6.5, 0.3)]
+    assert np.isnan(found[1].label)
+    assert found[1].weight == 1.0
+    assert float(found[0].features()["sigma"]) == pytest.approx(0.3)
+    assert problems.lines() == ["c2_protein.pdb: folder: no c2_ligand.sdf or .mol2"]
+    (chain,) = found[0].pocket.chains
+    source = embedded_folder() / "CDK2.pocket.pdb.gz"
+    assert len(chain.sequence) == len(read_receptor(source)[0][0])
+
+
+def test_a_drawn_ligand_is_listed_and_not_taken_for_a_pose(tmp_path):
+    pdbbind(tmp_path, count=2)
+    drawn = Chem.MolFromSmiles("CCOc1ccccc1")
+    rdDepictor.Compute2DCoords(drawn)
+    (tmp_path / "c0" / "c0_ligand.sdf").write_text(Chem.SDWriter.GetText(drawn))
+    problems = Problems()
+    assert [c.name for c in load(tmp_path, problems)] == ["c1"]
+    assert "no 3-D coordinates" in problems.lines()[0]
+
+
+TWELVE = [f"c{i},{5 + 0.2 * i}" for i in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("table", "groups"),
+    [
+        ("id,pK\n" + "\n".join(TWELVE), 1),
+        ("id,pK,target\n" + "\n".join(f"{r},{'ab'[i % 2]}" for i, r in enumerate(TWELVE)), 2),
+    ],
+)
+def test_lists_of_a_pdbbind_style_folder(tmp_path, table, groups):
+    lists = Lists(least=2)
+    data = ComplexData(pdbbind(tmp_path, table), batches="lists", lists=lists, max_residues=4)
+    data.setup()
+    drawn = [batch["group"].unique().tolist() for batch in data.train_dataloader()]
+    assert len(data.train_dataloader().dataset) == groups
+    assert all(drawn)
+    assert {g for one in drawn for g in one} == set(range(groups))
+    if groups == 1:  # every protein stays one of its own for the split
+        parts = Split(by="protein").apply(data.data.complexes)
+        assert min(map(len, parts.values())) >= 2
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("", "no training complex has a label"),
+        ("id,pK\n" + "\n".join(f"c{i},nan" for i in range(12)), "no training complex has a label"),
+        ("id,pK\n" + "\n".join(TWELVE), "no target has 10 labelled molecules to train on"),
+        ("id,kd\nc0,6\n", r"affinities\.csv: no column pK"),
+        ("id,pK\nc0,six\n", r"affinities\.csv: line 2: pK six is no number"),
+        ("id,pK,error\nc0,6,0\n", r"affinities\.csv: line 2: error 0 is not above 0"),
+    ],
+)
+def test_bad_labels_are_one_line(tmp_path, table, message):
+    with pytest.raises(InputError, match=message):
+        ComplexData(pdbbind(tmp_path, table), batches="lists").setup()
+
+
+def test_a_table_in_latin_1_is_one_line(tmp_path):
+    (pdbbind(tmp_path, count=1) / "affinities.csv").write_bytes(b"id,pK,note\nc0,6,\xe9\n")
+    with pytest.raises(InputError, match=r"affinities\.csv: 'utf-8' codec"):
+        load(tmp_path, Problems())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no gzip", r"index\.csv\.gz: Not a gzipped file"),
+        (gzip.compress(b"system,index,protein\na,1,P\n"), "no column pK"),
+        (gzip.compress(b"system,index,protein,pK\na,1,P,six\n"), "line 2: pK six is no number"),
+    ],
+)
+def test_a_bad_index_of_the_benchmark_is_one_line(tmp_path, content, message):
+    (tmp_path / "index.csv.gz").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        load(tmp_path, Problems())
+
+
+def test_poses_without_a_score_are_one_line(tmp_path):
+    for path in embedded_folder().glob("CDK2.*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    poses = tmp_path / "CDK2.poses.sdf.gz"
+    text = gzip.decompress(poses.read_bytes()).replace(b"vina_kcal_mol", b"other")
+    poses.write_bytes(gzip.compress(text))
+    with pytest.raises(InputError, match=r"CDK2\.poses\.sdf\.gz: record 1: no number in vina"):
+        load(tmp_path, Problems())
+
+
+def test_embedded_complexes_have_their_chains():
+    found = {c.target: c.pocket.chains for c in load(None, Problems())}
+    assert len(found) == 6
+    assert all(len(chains) == 1 and len(chains[0].sequence) > 200 for chains in found.values())
+    assert found["CDK2"][0].sequence.startswith("MENFQKVEKIGE")
 
 
 def test_a_table_names_the_chains_of_targets(tmp_path):
@@ -311,9 +463,11 @@ def test_the_formats_of_real_files(real):
     found, bad = names(real / "formats" / "messy_library.smi")
     assert len(found) == 11
     assert len(bad) == 2
-    for name in ("1iep_ligand.pdbqt", "1iep_ligand_vina_out.pdbqt"):
-        (one,) = read(real / "formats" / name, Problems())
-        assert one.molecule.GetNumHeavyAtoms() == 37
+    for name, models in (("1iep_ligand.pdbqt", 1), ("1iep_ligand_vina_out.pdbqt", 4)):
+        every = list(read(real / "formats" / name, Problems()))
+        assert [r.molecule.GetNumHeavyAtoms() for r in every] == [37] * models
+        places = [r.molecule.GetConformer().GetPositions() for r in every]
+        assert len({p.tobytes() for p in places}) == models
 
 
 def test_every_redocking_complex_is_read_or_reported(real):

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import gzip
 
+import numpy as np
 import pytest
+from rdkit import Chem
 
 from cohobate.core.errors import InputError
+from cohobate.docking import vina
 from cohobate.docking.data.molecules import Problems, read
+from cohobate.docking.data.prepare import prepare
+from cohobate.docking.data.sources import load
 from cohobate.docking.metrics import molecule_rmsd
-from cohobate.docking.vina import Box, Docker, as_pdbqt, conformer, like, target
+from cohobate.docking.vina import Box, Docked, Docker, as_pdbqt, conformer, like, target
 
 
 def test_bad_receptors_are_one_line(tmp_path):
@@ -25,11 +30,52 @@ def test_an_unknown_target_is_one_line():
 
 
 def test_another_molecule_is_refused():
-    from rdkit import Chem
-
     a, b = Chem.MolFromSmiles("CCO"), Chem.MolFromSmiles("CCN")
     with pytest.raises(InputError, match="docking changed the molecule"):
         like(a, conformer(b, 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"targets": []}, "at least one of targets"),
+        ({"ligands": 0}, "at least one of targets"),
+        ({"box": 0.0}, "a box has a centre"),
+        ({"out": "file"}, "file: cannot be a folder: File exists"),
+    ],
+)
+def test_bad_options_of_prepare_are_one_line(tmp_path, options, message):
+    pytest.importorskip("dockstring")
+    (tmp_path / "file").write_text("")
+    out = tmp_path / options.pop("out", "out")
+    with pytest.raises(InputError, match=message):
+        prepare(out, **{"ligands": 1, **options})
+
+
+class Still:
+    """A docker that leaves conformers where they are made: in the middle of the box."""
+
+    def __init__(self, receptor, box, **options) -> None:
+        self.centre = np.array(box.centre)
+
+    def dock(self, molecule) -> Docked:
+        pose = like(molecule, Chem.RemoveHs(conformer(molecule, 1)))
+        place = pose.GetConformer()
+        place.SetPositions(place.GetPositions() + self.centre)
+        return Docked(pose, np.array([-7.0]))
+
+
+def test_prepare_stops_goes_on_and_writes_what_is_read_again(tmp_path, monkeypatch):
+    pytest.importorskip("dockstring")
+    monkeypatch.setattr(vina, "Docker", Still)
+    assert prepare(tmp_path, ["CDK2"], ligands=2, minutes=0.0) == 1
+    assert not list(tmp_path.glob("*.csv"))
+    assert prepare(tmp_path, ["CDK2"], ligands=2) is None
+    assert prepare(tmp_path, ["ESR1"], ligands=2) is None
+    own = load(tmp_path, Problems())
+    embedded = {c.target: c.pocket.chains for c in load(None, Problems())}
+    assert {c.target: c.pocket.chains for c in own} == {k: embedded[k] for k in ("CDK2", "ESR1")}
+    assert len(own) == 4
 
 
 @pytest.mark.slow

@@ -138,6 +138,14 @@ def test_bad_inputs_of_predict_are_one_line(run, tmp_path):
     assert not list((tmp_path / "o").glob("*.sdf"))
 
 
+@pytest.mark.parametrize(
+    "option", [{"heads": 3}, {"single": 6}, {"tau": 0.0}, {"centroids": 0}, {"draws": -1}]
+)
+def test_sizes_that_cannot_be_are_one_line(option):
+    with pytest.raises(InputError, match=r"^model\.\w+ -?\d"):
+        AuroBind(**option)
+
+
 def test_a_stage_needs_the_one_before(run):
     model = AuroBind(stage="fitness", single=16)
     with pytest.raises(InputError, match="no fitting weights for network"):

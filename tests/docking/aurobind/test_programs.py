@@ -335,8 +335,9 @@ def test_a_program_that_is_not_there_is_a_hint(data, tmp_path, monkeypatch):
     assert len(written("boltz", tmp_path)) == 1
 
 
-def test_without_a_sequence_nothing_is_written(tmp_path):
-    cropped = ComplexData(max_residues=6)
+def test_without_a_sequence_nothing_is_written(root, tmp_path):
+    shutil.copytree(root, tmp_path / "data", ignore=shutil.ignore_patterns("*.csv"))
+    cropped = ComplexData(root=tmp_path / "data", max_residues=6)
     cropped.setup()
     line = r"CDK2: only its pocket is known.*sequences\.csv \(target, sequence\) in data\.root"
     with pytest.raises(InputError, match=line):

@@ -151,11 +151,13 @@ def stage_source(recipe: catalog.Recipe, stage: Stage, source: str, folder: Path
         InputError: There is none.
     """
     name, beside = catalog.stage_name(source), folder.absolute().parent
-    whole = folder.absolute().name.removesuffix(f"-{stage.name}")
+    alone = folder.absolute().name.removesuffix(f"-{stage.name}")
+    setting = stage.path.parent.name  # recipe/<setting>/1-warm.yaml
+    whole = alone if setting == "recipe" else f"{alone}-{setting}"
     places = [p for p in (folder, beside, beside / whole) if p.is_dir()]
     found = [p for place in places for p in sorted(place.iterdir())]
     named = [p for p in found if catalog.stage_name(p.name) == name]
-    for path in (*named, beside / f"{whole}-{source}"):
+    for path in (*named, beside / f"{alone}-{source}"):
         if RunFolder(path).info.get("paper") == recipe.paper.name:
             return path
     if not Path(source).exists():

@@ -23,6 +23,7 @@ def screen(
     size: tuple[float, float, float] = (20.0, 20.0, 20.0),
     residues: list[str] | None = None,
     max_residues: int | None = None,
+    protein_embedding: Path | None = None,
     out: Path = Path("screen"),
     cache: Path = Path("screen/cache"),
     format: Literal["csv", "parquet"] = "csv",
@@ -47,6 +48,8 @@ def screen(
         size: … and its size …
         residues: … or the site's residues, A:123.
         max_residues: The pocket is cut to these nearest to its centre; default as in training.
+        protein_embedding: .npz or .npy with the protein's embedding, where the run was trained with
+            such; of several arrays that with the receptor file's name, up to its dot.
         out: Folder for the ranking, problems.csv and top.png; an existing one goes on.
         cache: Folder for the encoded library, shared by targets.
         format: Of the ranking.
@@ -65,7 +68,8 @@ def screen(
     from cohobate.docking.aurobind.predict import Site, Trained, pocket_size
 
     model = load_run(checkpoint, paper="docking/aurobind")
-    site = Site(receptor, ligand, centre, size, residues, pocket_size(model, max_residues))
+    cut = pocket_size(model, max_residues)
+    site = Site(receptor, ligand, centre, size, residues, cut, protein_embedding)
     found = screen_library(
         model, library, site, out, top=top, rescore=rescore, filters=filters, known=known,
         cache=cache, kind=format, chunk=chunk, workers=workers, accelerator=accelerator,
@@ -97,8 +101,9 @@ def retrospective(
     """Screen libraries of known actives, with controls that need no structure beside the student.
 
     Args:
-        targets: CSV with columns target, library, receptor, ligand and perhaps group; a library is
-            CSV with columns smiles and label. Ligands known of the site are not counted.
+        targets: CSV with columns target, library, receptor, ligand, perhaps group and
+            protein_embedding (as for screen); a library is CSV with columns smiles and label.
+            Ligands known of the site are not counted.
         checkpoint: A run of docking/aurobind, or a list of runs; measures are averaged over them.
         out: The JSON; a picture of the enrichment curves stands beside it.
         exclude: Column of the libraries that marks with 1 what the model was trained on; '' for

@@ -57,7 +57,8 @@ class Scorer(Protocol):
     key: str
     """Hash of the library tower's weights and of what else a chunk's code depends on."""
     target: str
-    """Hash of what a score depends on beside its code: the pocket, the structure model."""
+    """Hash of what a score depends on beside its code: the pocket, the structure model. A stopped
+    run goes on with the same alone."""
 
     def encode(self, bits: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Codes (n, D) of molecules from fingerprints (n, bits) and atom counts (n, elements)."""

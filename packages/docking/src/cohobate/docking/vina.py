@@ -19,10 +19,8 @@ from rdkit import Chem
 from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
 
 from cohobate.core.errors import InputError
-from cohobate.docking.data.receptors import read_receptor
-
-KCAL_PER_PK = 1.3643
-"""kcal/mol of binding free energy for one unit of pK at 298 K: RT ln 10."""
+from cohobate.docking.data.files import reading
+from cohobate.docking.data.receptors import check_box, read_receptor
 
 
 def _require(name: str) -> Any:
@@ -39,29 +37,32 @@ class Box:
     Attributes:
         centre: Å, (3,).
         size: Å, (3,).
+
+    Raises:
+        InputError: They are not finite, or the box has no volume.
     """
 
     centre: tuple[float, float, float]
     size: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        check_box(self.centre, self.size, "box")
 
     @staticmethod
     def read(path: Path) -> Box:
         """Read ``center_x = ...`` and ``size_x = ...`` lines, as Vina's configuration has them.
 
         Raises:
-            InputError: The file is missing, or lacks one of the six numbers.
+            InputError: The file cannot be read, lacks one of the six numbers, or has no volume.
         """
-        try:
-            text = path.read_text()
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror}") from None
+        with reading(path):
+            text = path.read_text(encoding="utf-8-sig")
         found = dict(re.findall(r"^\s*(\w+)\s*=\s*(-?[\d.]+(?:[eE][-+]?\d+)?)", text, re.MULTILINE))
         try:
             values = [float(found[f"{key}_{axis}"]) for key in ("center", "size") for axis in "xyz"]
         except (KeyError, ValueError) as error:
             raise InputError(f"{path}: not a box file, no number for {error}") from None
-        if min(values[3:]) <= 0:
-            raise InputError(f"{path}: the box has no volume")
+        check_box(values[:3], values[3:], str(path))
         return Box((values[0], values[1], values[2]), (values[3], values[4], values[5]))
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,14 +19,12 @@ from cohobate.docking.aurobind.average import MovingAverage
 from cohobate.docking.aurobind.diffusion import Noise
 from cohobate.docking.aurobind.heads import PairRows
 from cohobate.docking.aurobind.network import Embedding, StructureModel, Symmetry
-from cohobate.docking.aurobind.programs import Kind, teacher_of
-from cohobate.docking.aurobind.student import FastStudent, Score
-from cohobate.docking.aurobind.targets import Answers, answers_of
-from cohobate.docking.aurobind.teachers import CompactTeacher, Teacher
+from cohobate.docking.aurobind.programs import Kind
+from cohobate.docking.aurobind.student import Layout, ReleasedStudent, Score, make_student
+from cohobate.docking.aurobind.targets import Answers, ask
 from cohobate.docking.data.features import BITS, ELEMENTS, POCKET_CHANNELS, Batch
 from cohobate.docking.metrics import ranking
 
-log = logging.getLogger("cohobate")
 Stage = Literal["structure", "self-distil", "fitness", "preference", "student"]
 
 
@@ -81,8 +78,12 @@ class AuroBind(DistillModule):
         mse_anchor: Weight of a squared error beside the preference; 0 as published.
         beta: β of pairwise DPO.
         margin: Least difference of labels of a pair, pK.
-        student_width: Channels of the student.
-        score: Score head of the student.
+        layout: Of the student: the ``paper``'s with the nearest centroid's embedding as prior, or
+            as ``released``, where that is one number.
+        student_width: Channels of the student; default 128, of the released layout those of
+            ``student_weights``, else 1024.
+        student_weights: Released checkpoint that a student of the released layout starts from.
+        score: Score head of the paper's student.
         centroids: Molecules of each target whose complexes the student knows.
         alpha: Weight of the hidden state.
         label_mix: Share of the measured label in what the student learns, where there is one.
@@ -92,6 +93,7 @@ class AuroBind(DistillModule):
         teacher_run: How that program is started, to make the answers that are missing, with options
             of it: ``boltz predict --use_msa_server``. It wants an environment of its own.
         hidden: Length of that model's hidden state; default that of the structure model.
+        protein_channels: Of the protein embedding, where the data has one of a language model.
         lr: Learning rate of Adam, after a warm-up.
         warmup: Steps until ``lr``.
 
@@ -99,6 +101,7 @@ class AuroBind(DistillModule):
         AuroBind, arXiv 2508.02137.
     """
 
+    from_data: ClassVar[tuple[str, ...]] = ("protein_channels",)
     monitor: ClassVar[str] = "val/score"
     mode: ClassVar[str] = "max"
 
@@ -137,7 +140,9 @@ class AuroBind(DistillModule):
         mse_anchor: float = 0.0,
         beta: float = 1.0,
         margin: float = 0.3,
-        student_width: int = 128,
+        layout: Layout = "paper",
+        student_width: int | None = None,
+        student_weights: Path | None = None,
         score: Score = "mlp",
         centroids: int = 16,
         alpha: float = 1.0,
@@ -146,6 +151,7 @@ class AuroBind(DistillModule):
         teacher_kind: Kind = "files",
         teacher_run: str | None = None,
         hidden: int | None = None,
+        protein_channels: int | None = None,
         lr: float = 1.5e-3,
         warmup: int = 50,
     ) -> None:
@@ -155,17 +161,31 @@ class AuroBind(DistillModule):
             "mse": mse_anchor if stage == "preference" else 1.0, "hidden": alpha,
         }  # fmt: skip
         super().__init__(distill=distill, weights=weights)
+        for name, value in {
+            "tau": tau,
+            "draws": draws,
+            "centroids": centroids,
+            "poses": poses,
+        }.items():
+            if value <= 0:
+                raise InputError(f"model.{name} {value:g} is not above 0")
         self.network = StructureModel(
             single, pair, trunk_blocks, width, diffusion_blocks, heads, fitness_blocks,
             fitness_hidden, confidence_blocks, pair_rows, symmetry, noise,
         )  # fmt: skip
+        self.single, self.hidden = single, hidden or 2 * single
         self.fast = (
-            FastStudent(
-                2 * single, POCKET_CHANNELS, BITS, ELEMENTS, student_width, score, hidden=hidden
+            make_student(
+                layout, 2 * single, protein_channels or POCKET_CHANNELS, student_width, score,
+                self.hidden, student_weights,
             )
             if stage == "student"
             else None
-        )
+        )  # fmt: skip
+        # The released network has no output for a hidden state; what it lacks stays out of it.
+        self.adapter: nn.Module = nn.Identity()
+        if isinstance(self.fast, ReleasedStudent) and distill:
+            self.adapter = nn.Linear(self.fast.width, self.hidden)
         self.stage, self.draws, self.poses = stage, draws, poses
         self.sample_steps, self.ode = sample_steps, ode
         self.average, self.confidence_share = average, confidence_share
@@ -174,7 +194,8 @@ class AuroBind(DistillModule):
         self.confidence_weight, self.min_confidence = confidence_weight, min_confidence
         self.beta, self.margin = beta, margin
         self.centroids, self.label_mix, self.lr, self.warmup = centroids, label_mix, lr, warmup
-        self.mse_anchor, self.single, self.hidden = mse_anchor, single, hidden or 2 * single
+        self.mse_anchor, self.protein_channels = mse_anchor, protein_channels
+        self.student_weights = student_weights
         self.teacher_files, self.teacher_kind = teacher_files, teacher_kind
         self.teacher_run = teacher_run
         self._freeze()
@@ -198,6 +219,7 @@ class AuroBind(DistillModule):
     def _freeze(self) -> None:
         self.requires_grad_(False)
         self.trained().requires_grad_(True)
+        self.adapter.requires_grad_(True)
         if self.stage in ("structure", "self-distil"):
             self.network.fitness.requires_grad_(False)
 
@@ -227,11 +249,8 @@ class AuroBind(DistillModule):
         """One pair for the student; the structure model itself has no export."""
         if self.fast is None:
             raise InputError(f"stage {self.stage}: only the student of the last stage is exported")
-        prior = self.fast.prior.in_features
-        return (
-            torch.zeros(1, BITS), torch.ones(1, ELEMENTS), torch.zeros(1, POCKET_CHANNELS),
-            torch.zeros(1, prior),
-        )  # fmt: skip
+        sizes = BITS, ELEMENTS, *self.fast.channels
+        return tuple(torch.ones(1, size) for size in sizes)
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """The moving average of the structure stages."""
@@ -261,8 +280,10 @@ class AuroBind(DistillModule):
             return
         self.to(self.trainer.strategy.root_device)
         folder = Path(self.trainer.default_root_dir)
-        if self.stage == "student":
-            self._answers = self._answers or self._ask(data, folder, stage)
+        if self.fast is not None:
+            if stage == "fit" and isinstance(self.fast, ReleasedStudent) and self.student_weights:
+                self.fast.load_released(self.student_weights)
+            self._answers = self._answers or ask(self, data, folder, stage)
         if self.stage == "fitness" and stage == "fit":
             shown = data.places("train", label=True)
             labels = [data.data.complexes[i].label for i in shown]
@@ -283,26 +304,6 @@ class AuroBind(DistillModule):
                 self._reference = structure.references(
                     self.network, data, folder / "reference.npz", self.device
                 )
-
-    def _ask(self, data: Any, folder: Path, stage: str) -> Answers:
-        """The teacher's answers; one process asks, for a program must not run twice.
-
-        Where nothing is trained only the priors count: the structure model knows them, and nothing
-        is kept.
-        """
-        own: Teacher = CompactTeacher(self.network, self.device)
-        if stage != "fit":
-            return answers_of(own, data, self.centroids, None, 2 * self.single)
-        teacher = own
-        if self.teacher_files is not None:
-            teacher = teacher_of(self.teacher_kind, self.teacher_files, self.teacher_run, own)
-        elif self.teacher_run is not None:
-            raise InputError("model.teacher_run: needs model.teacher_files and teacher_kind")
-        path = folder / "teacher.safetensors"
-        if self.trainer.is_global_zero:
-            answers_of(teacher, data, self.centroids, path, self.hidden, own)
-        self.trainer.strategy.barrier()
-        return answers_of(teacher, data, self.centroids, path, self.hidden, own)
 
     # --- training ----------------------------------------------------------------------------
 
@@ -393,18 +394,14 @@ class AuroBind(DistillModule):
         share = 1 - self.label_mix * batch["label"].isfinite()
         return {
             "teacher": (share * (fitness - wanted).abs()).mean(),
-            "hidden": losses.hidden(state, self._answers.hidden[place].to(state)),
+            "hidden": losses.hidden(self.adapter(state), self._answers.hidden[place].to(state)),
         }
 
     # --- evaluation --------------------------------------------------------------------------
 
     def score(self, batch: Batch) -> Tensor:
         """Predicted pK (B,) of complexes of the data, by the student where there is one."""
-        if self.fast is None:
-            return self.network(batch)
-        assert self._answers is not None
-        prior = self._answers.prior[batch["index"].cpu()].to(self.device)
-        return self.fast(batch["bits"], batch["counts"], batch["embedding"], prior)[0]
+        return self.network(batch) if self.fast is None else self.forward_train(batch)[0]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Negative denoising loss at fixed noise, or the labels' negative RMSE and ranking."""
@@ -443,11 +440,8 @@ class AuroBind(DistillModule):
         if not self._seen:
             return
         if "rmsd" in self._seen[0]:
-            rows, self._seen = self._seen, []
-            every = {k: np.array([row[k] for row in rows]) for k in rows[0]}
-            found = {k: float(np.median(v)) for k, v in every.items()}
-            for kind in ("", "relaxed_"):
-                found[f"{kind}success"] = float((every[f"{kind}rmsd"] <= 2).mean())
+            found = structure.summary(self._seen)
+            self._seen.clear()
         else:
             found = self._scores()
         self.log_dict({f"test/{k}": v for k, v in found.items()})

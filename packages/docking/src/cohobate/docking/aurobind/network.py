@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cohobate.core.errors import InputError
 from cohobate.docking.aurobind.diffusion import Noise
 from cohobate.docking.aurobind.heads import (
     ConfidenceHead,
@@ -274,6 +275,9 @@ class StructureModel(nn.Module):
         pair_rows: As for `FitnessHead`.
         symmetry: As for `PoseDiffusion`.
         noise: Noise levels.
+
+    Raises:
+        InputError: Channels cannot be shared by attention heads.
     """
 
     def __init__(
@@ -292,6 +296,13 @@ class StructureModel(nn.Module):
         noise: Noise,
     ) -> None:
         super().__init__()
+        for name, size, parts in (
+            ("single", single, 4),
+            ("pair", pair, 2),
+            ("width", width, heads),
+        ):
+            if parts < 1 or size < 1 or size % parts:
+                raise InputError(f"model.{name} {size} is not a multiple of its {parts} heads")
         self.trunk = CompactTrunk(single, pair, trunk_blocks)
         self.diffusion = PoseDiffusion(
             single, pair, width, diffusion_blocks, heads, noise, symmetry

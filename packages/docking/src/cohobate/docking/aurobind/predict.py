@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from cohobate.core.runs import RunFolder, read_run_config
 from cohobate.docking.aurobind.relax import relaxed
 from cohobate.docking.aurobind.structure import best_poses
 from cohobate.docking.aurobind.targets import tanimoto
+from cohobate.docking.data.embeddings import ProteinEmbeddings
 from cohobate.docking.data.features import (
     Complex,
     centroids,
@@ -29,6 +30,7 @@ from cohobate.docking.data.features import (
     parent,
     pocket_features,
 )
+from cohobate.docking.data.files import is_gzip
 from cohobate.docking.data.module import ComplexData
 from cohobate.docking.data.molecules import Problems, Record, read
 from cohobate.docking.data.receptors import Pocket, crop, find_pocket, heavy_atoms, read_receptor
@@ -103,6 +105,8 @@ class Site:
         size: Size of the box, Å.
         residues: ``A:123``.
         max_residues: The pocket is cut to the residues nearest to its centre.
+        protein_embedding: ``.npz`` or ``.npy`` with the protein's embedding, for a student that was
+            trained with such; of several arrays that with the receptor file's name, up to its dot.
     """
 
     receptor: Path
@@ -111,6 +115,7 @@ class Site:
     size: tuple[float, float, float] = (20.0, 20.0, 20.0)
     residues: list[str] | None = None
     max_residues: int = 32
+    protein_embedding: Path | None = None
 
     def pocket(self) -> Pocket:
         """Read it.
@@ -132,6 +137,9 @@ class Site:
             structure, ligand=atoms, box=box, residues=self.residues, source=str(self.receptor)
         )
         middle = atoms.mean(0) if atoms is not None else np.array(self.centre or found.centre)
+        if self.protein_embedding is not None:
+            proteins = ProteinEmbeddings(self.protein_embedding)
+            found = replace(found, embedding=proteins.of_file(Path(self.receptor)))
         return found.nearest(middle, self.max_residues)
 
 
@@ -198,7 +206,8 @@ def _targets(inputs: Sequence[Path], out: Path) -> list[Path]:
     """The SDF of each file: its name without what says its kind."""
     found: dict[Path, Path] = {}
     for path in inputs:
-        target = out / f"{Path(path.name.removesuffix('.gz')).stem}.poses.sdf"
+        name = path.stem if is_gzip(path) else path.name
+        target = out / f"{Path(name).stem}.poses.sdf"
         if target in found:
             raise InputError(f"{path}: its poses would overwrite those of {found[target]}")
         found[target] = path
@@ -286,16 +295,21 @@ class StudentScorer(nn.Module):
         model: A run of the last stage.
         pocket: The target's.
         molecules: Molecules whose centroids the teacher looks at once, in this target.
+
+    Raises:
+        InputError: The run is of another stage, or was trained with another protein embedding.
     """
 
     bits: Tensor
-    prior: Tensor
-    protein: Tensor
+    targets: Tensor
 
     def __init__(self, model: Any, pocket: Pocket, molecules: Sequence[Chem.Mol]) -> None:
         super().__init__()
         if model.fast is None:
             raise InputError(f"stage {model.stage}: screening needs a run of the last stage")
+        _same_embedding(model, pocket)
+        seen = pocket_features(pocket)
+        protein = seen["embedding"].to(model.device)
         self.fast = model.fast
         molecules = [parent(m) for m in molecules]
         chosen = [molecules[i] for i in centroids(molecules, model.centroids)]
@@ -307,18 +321,16 @@ class StudentScorer(nn.Module):
         with torch.no_grad():
             batch = collate([Complex("target", "", m, pocket).features() for m in chosen])
             batch = {k: v.to(model.device) for k, v in batch.items()}
-            prior = model.network.trunk(batch).pooled()
+            prior = model.fast.prior_of(model.network.trunk(batch))
+            targets = model.fast.target(protein.expand(len(prior), -1), prior)
         self.register_buffer("bits", torch.from_numpy(bits).float())
-        self.register_buffer("prior", prior)
-        self.register_buffer("protein", pocket_features(pocket)["embedding"].to(model.device))
-        self.target = _hash(
-            *pocket_features(pocket).values(), *self.buffers(), *model.network.state_dict().values()
-        )
+        self.register_buffer("targets", targets)
+        self.target = _hash(*seen.values(), *self.buffers(), *model.network.state_dict().values())
 
     @torch.no_grad()
     def encode(self, bits: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """The library tower's vectors, and the nearest centroid's number, (n, 2 width + 1)."""
-        known = torch.from_numpy(bits).to(self.prior)
+        known = torch.from_numpy(bits).to(self.targets)
         tower = self.fast.library(known, torch.from_numpy(counts).to(known.device))
         nearest = tanimoto(known, self.bits).argmax(1) if len(known) else known.new_zeros(0)
         return torch.cat((tower, nearest[:, None].to(tower)), 1).cpu().numpy()
@@ -326,10 +338,23 @@ class StudentScorer(nn.Module):
     @torch.no_grad()
     def score(self, codes: np.ndarray) -> np.ndarray:
         """Fitness (n,) by the student."""
-        found = torch.from_numpy(np.asarray(codes, dtype=np.float32)).to(self.prior.device)
-        prior = self.prior[found[:, -1].long()]
-        target = self.fast.target(self.protein.expand(len(found), -1), prior)
+        found = torch.from_numpy(np.asarray(codes, dtype=np.float32)).to(self.targets.device)
+        target = self.targets[found[:, -1].long()]
         return self.fast.combine(found[:, :-1], target)[0].cpu().numpy()
+
+
+def _same_embedding(model: Any, pocket: Pocket) -> None:
+    """Refuse a target whose protein embedding is not of the kind the run was trained with."""
+    wanted = model.protein_channels
+    given = None if pocket.embedding is None else len(pocket.embedding)
+    if wanted == given:
+        return
+    known = "the run was trained " + (
+        "without a protein embedding" if wanted is None else
+        f"with protein embeddings of {wanted} channels (data.protein_embeddings)"
+    )  # fmt: skip
+    has = "none: protein_embedding names its file" if given is None else f"one of {given} channels"
+    raise InputError(f"{known}; this target has {has}")
 
 
 def _hash(*tensors: Tensor) -> str:

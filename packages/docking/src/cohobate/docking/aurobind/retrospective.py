@@ -57,6 +57,7 @@ class Case:
         receptor: The protein.
         ligand: Ligands known of the site: the first says where it is, and none is counted.
         group: Means are taken over each group, such as targets seen in training.
+        protein_embedding: As for `Site`, where the runs need it.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Case:
     receptor: Path
     ligand: Path
     group: str = ""
+    protein_embedding: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Library:
 
 
 def read_cases(path: Path) -> list[Case]:
-    """Read a table with columns target, library, receptor, ligand and perhaps group.
+    """Read a table: target, library, receptor, ligand, and perhaps group and protein_embedding.
 
     Args:
         path: CSV; its paths are relative to its own folder.
@@ -109,7 +111,8 @@ def read_cases(path: Path) -> list[Case]:
     for number, row in enumerate(table, 2):
         if missing := [name for name in _COLUMNS if not row.get(name)]:
             raise InputError(f"{path}: line {number}: no {missing[0]}")
-        files = {name: path.parent / row[name] for name in _COLUMNS[1:]}
+        given = [name for name in (*_COLUMNS[1:], "protein_embedding") if row.get(name)]
+        files = {name: path.parent / row[name] for name in given}
         for found in files.values():
             if not found.exists():
                 raise InputError(f"{path}: line {number}: {found}: no such file")
@@ -232,9 +235,14 @@ def retrospective(
         raise InputError(f"retrospective: no target {unknown[0]} to dock into")
     sizes = [pocket_size(model, max_residues) for model in models]
     pockets = {
-        size: [Site(c.receptor, c.ligand, max_residues=size).pocket() for c in cases]
+        size: [
+            Site(
+                c.receptor, c.ligand, max_residues=size, protein_embedding=c.protein_embedding
+            ).pocket()
+            for c in cases
+        ]
         for size in set(sizes)
-    }
+    }  # fmt: skip
     table = []
     for place, case in enumerate(tqdm(cases, disable=not progress, unit="target")):
         library = read_library(case, exclude)

@@ -393,6 +393,16 @@ def pose_errors(
     return found
 
 
+def summary(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Medians of what `pose_errors` found, and the shares of at most 2 Å."""
+    every = {k: np.array([row[k] for row in rows]) for k in rows[0]}
+    shares = {f"{k}success": every[f"{k}rmsd"] <= 2 for k in ("", "relaxed_")}
+    return {
+        **{k: float(np.median(v)) for k, v in every.items()},
+        **{k: float(v.mean()) for k, v in shares.items()},
+    }
+
+
 def _near(batch: Batch, x: Tensor) -> Tensor:
     points = torch.cat((batch["side"], x), 1)
     return radial(torch.cdist(points, points))

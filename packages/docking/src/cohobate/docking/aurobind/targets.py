@@ -12,7 +12,9 @@ from torch import Tensor
 
 from cohobate.core.errors import InputError
 from cohobate.core.io import load_weights, save_atomic
-from cohobate.docking.aurobind.teachers import Teacher
+from cohobate.docking.aurobind.programs import teacher_of
+from cohobate.docking.aurobind.student import ReleasedStudent
+from cohobate.docking.aurobind.teachers import CompactTeacher, Teacher
 from cohobate.docking.data.features import centroids
 from cohobate.docking.data.sources import by_target
 
@@ -25,12 +27,46 @@ class Answers:
         fitness: The teacher's, pK (n,); another model is asked about what is learned from alone,
             the rest is NaN.
         hidden: The teacher's pooled trunk tokens (n, H), likewise.
-        prior: The structure model's of the nearest centroid's complex with the same target (n, P).
+        prior: The structure model's of the nearest centroid's complex with the same target (n, P):
+            pooled tokens, or for the released layout of the student mean(s) + mean(z), P = 1.
     """
 
     fitness: Tensor
     hidden: Tensor
     prior: Tensor
+
+
+def ask(model: Any, data: Any, folder: Path, stage: str) -> Answers:
+    """The answers that a module of the last stage needs.
+
+    One process asks, for a program must not run twice. Where nothing is trained only the priors
+    count: the structure model knows them, and nothing is kept.
+
+    Args:
+        model: The module: its structure model, student, teacher and options.
+        data: The data module.
+        folder: The run's; ``teacher.safetensors`` in it keeps the answers.
+        stage: Lightning's; ``fit`` trains.
+
+    Raises:
+        InputError: Options of the teacher do not fit each other, or it has no answer.
+    """
+    own = CompactTeacher(model.network, model.device)
+    prior: Teacher = own
+    if isinstance(model.fast, ReleasedStudent):
+        prior = CompactTeacher(model.network, model.device, model.fast.prior_of)
+    if stage != "fit":
+        return answers_of(prior, data, model.centroids, None, model.fast.channels[1])
+    teacher: Teacher = own
+    if model.teacher_files is not None:
+        teacher = teacher_of(model.teacher_kind, model.teacher_files, model.teacher_run, own)
+    elif model.teacher_run is not None:
+        raise InputError("model.teacher_run: needs model.teacher_files and teacher_kind")
+    path = folder / "teacher.safetensors"
+    if model.trainer.is_global_zero:
+        answers_of(teacher, data, model.centroids, path, model.hidden, prior)
+    model.trainer.strategy.barrier()
+    return answers_of(teacher, data, model.centroids, path, model.hidden, prior)
 
 
 @torch.no_grad()
@@ -51,7 +87,7 @@ def answers_of(
         path: Where the answers are kept.
         width: Length of the hidden states that the student expects.
         own: Whose hidden states are the priors, where that is not the teacher: the model that will
-            be at hand when a library is screened.
+            be at hand when a library is screened. It is asked about the centroids alone.
 
     Raises:
         InputError: The teacher's have another.
@@ -59,14 +95,15 @@ def answers_of(
     if path is not None and path.exists():
         answers = Answers(**load_weights(path))
     else:
-        places = range(len(data.data))
+        near = nearest(data, count)
         if own is None or own is teacher:
-            fitness, states = teacher.answers(data, places)
-            known = states
+            fitness, states = teacher.answers(data, range(len(data.data)))
+            prior = states[near]
         else:
             fitness, states = _of_training(teacher, data)
-            known = own.answers(data, places)[1]
-        answers = Answers(fitness, states, known[nearest(data, count)])
+            asked, back = near.unique(return_inverse=True)
+            prior = own.answers(data, asked.tolist())[1][back]
+        answers = Answers(fitness, states, prior)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with save_atomic(path) as temporary:

@@ -11,7 +11,7 @@ import re
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cohobate.core.errors import InputError
 from cohobate.core.io import load_weights
+from cohobate.docking.aurobind.network import Embedding
 from cohobate.docking.data.features import Complex
 
 
@@ -39,10 +40,16 @@ class CompactTeacher:
     Args:
         network: It.
         device: Where it is.
+        state: What of the trunk's answer is the hidden state (B, H).
     """
 
-    def __init__(self, network: Any, device: torch.device) -> None:
-        self.network, self.device = network, device
+    def __init__(
+        self,
+        network: Any,
+        device: torch.device,
+        state: Callable[[Embedding], Tensor] = Embedding.pooled,
+    ) -> None:
+        self.network, self.device, self.state = network, device, state
 
     @torch.no_grad()
     def answers(self, data: Any, places: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -51,7 +58,7 @@ class CompactTeacher:
         for batch in data.batches_of(places):
             known = self.network.trunk({k: v.to(self.device) for k, v in batch.items()})
             fitness.append(self.network.fitness(*known).cpu())
-            hidden.append(known.pooled().cpu())
+            hidden.append(self.state(known).cpu())
         return torch.cat(fitness), torch.cat(hidden)
 
 

@@ -12,7 +12,8 @@ from rdkit import Chem
 
 from cohobate.core.errors import InputError
 from cohobate.docking.data.features import Complex
-from cohobate.docking.data.molecules import Problems, largest_fragment, parse_smiles, read
+from cohobate.docking.data.files import reading, table
+from cohobate.docking.data.molecules import Problems, largest_fragment, parse_smiles, reference
 from cohobate.docking.data.receptors import Pocket, find_pocket, read_receptor, with_chains
 
 MEASURES = ("Kd (nM)", "Ki (nM)", "IC50 (nM)")
@@ -39,7 +40,10 @@ def bindingdb(folder: Path, problems: Problems) -> Iterator[Complex]:
     values: dict[tuple[str, str], list[float]] = {}
     names: dict[tuple[str, str], str] = {}
     for path in sorted(folder.glob("*.tsv")):
-        with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        with (
+            reading(path),
+            path.open(newline="", encoding="utf-8-sig", errors="replace") as file,
+        ):
             reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
             if missing := {_SMILES, _TARGET} - set(reader.fieldnames or ()):
                 raise InputError(f"{path}: no column {min(missing)}")
@@ -81,19 +85,14 @@ def _affinity(row: dict[str, str]) -> tuple[float | None, str]:
 
 def _sites(path: Path) -> dict[str, Pocket]:
     found = {}
-    with path.open(newline="") as file:
-        for line, row in enumerate(csv.DictReader(file), 2):
-            if not all(row.get(k) for k in ("target", "receptor", "ligand")):
-                raise InputError(f"{path}: line {line}: needs target, receptor and ligand")
-            ligand = path.parent / row["ligand"]
-            record = next(iter(read(ligand, Problems())), None)
-            if record is None or not record.molecule.GetNumConformers():
-                raise InputError(f"{ligand}: no reference ligand with coordinates")
-            receptor = path.parent / row["receptor"]
-            atoms = record.molecule.GetConformer().GetPositions()
-            structure = read_receptor(receptor)
-            pocket = find_pocket(structure, ligand=atoms, source=str(receptor))
-            found[row["target"]] = with_chains(structure, pocket)
+    for line, row in table(path):
+        if not all(row.get(k) for k in ("target", "receptor", "ligand")):
+            raise InputError(f"{path}: line {line}: needs target, receptor and ligand")
+        atoms = reference(path.parent / row["ligand"]).GetConformer().GetPositions()
+        receptor = path.parent / row["receptor"]
+        structure = read_receptor(receptor)
+        pocket = find_pocket(structure, ligand=atoms, source=str(receptor))
+        found[row["target"]] = with_chains(structure, pocket)
     return found
 
 

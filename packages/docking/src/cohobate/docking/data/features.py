@@ -105,21 +105,23 @@ def automorphisms(molecule: Chem.Mol, most: int = 1000) -> np.ndarray:
 
 
 def pocket_features(pocket: Pocket) -> Batch:
-    """A pocket in its own frame: residue (P,), ca and side (P, 3), embedding (POCKET_CHANNELS,).
+    """A pocket in its own frame: residue (P,), ca and side (P, 3), embedding (C,).
 
-    The embedding needs no protein language model: the share of each type of residue, and a
-    histogram of the distances of side chains from the centre, 2 Å a bin.
+    The embedding is a protein language model's where the pocket has one. Else it needs none
+    (POCKET_CHANNELS,): the share of each type of residue, and a histogram of the distances of side
+    chains from the centre, 2 Å a bin.
     """
     centre = pocket.centre
     ca, side = pocket.ca - centre, pocket.side - centre
     share = np.bincount(pocket.types, minlength=21) / len(pocket.types)
     reach = np.clip(np.linalg.norm(side, axis=1) // 2, 0, 15).astype(int)
     spread = np.bincount(reach, minlength=16) / len(reach)
+    embedding = np.concatenate((share, spread)) if pocket.embedding is None else pocket.embedding
     return {
         "residue": torch.from_numpy(pocket.types).long(),
         "ca": torch.from_numpy(ca).float(),
         "side": torch.from_numpy(side).float(),
-        "embedding": torch.from_numpy(np.concatenate((share, spread))).float(),
+        "embedding": torch.from_numpy(embedding).float(),
     }
 
 
@@ -134,6 +136,7 @@ class Complex:
         pocket: Its pocket.
         label: pK, or NaN.
         weight: σ of the label; 1 when unknown.
+        group: Name of those that its label is ranked among; the target's when empty.
     """
 
     target: str
@@ -142,6 +145,7 @@ class Complex:
     pocket: Pocket
     label: float = float("nan")
     weight: float = 1.0
+    group: str = ""
 
     def features(self) -> Batch:
         """Everything as tensors; ``pose`` (A, 3) in the pocket frame, NaN when unknown."""

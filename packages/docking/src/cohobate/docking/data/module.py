@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import gemmi
 import lightning.pytorch as pl
 import numpy as np
 import torch
@@ -17,10 +20,13 @@ from torch.utils.data import DataLoader, Dataset
 from cohobate.core.errors import InputError
 from cohobate.core.training.data import EpochSampler, ResumableLoader
 from cohobate.docking.data import sources
+from cohobate.docking.data.embeddings import ProteinEmbeddings
 from cohobate.docking.data.features import Batch, Complex, collate
 from cohobate.docking.data.molecules import Problems
 from cohobate.docking.data.prepare import choose
+from cohobate.docking.data.receptors import Chain
 
+log = logging.getLogger("cohobate")
 Part = Literal["train", "val", "test"]
 
 
@@ -75,12 +81,15 @@ class Lists:
         width: Labels are binned by this many pK …
         most: … and at most so many random ones of a bin are kept.
         least: Targets with fewer labelled molecules are left out.
+        close: Prefer close labels: a list is what stands around a random molecule in the order of
+            labels.
     """
 
     size: int = 16
     width: float = 0.15
     most: int = 5
     least: int = 10
+    close: bool = False
 
     def draw(self, labels: np.ndarray, seed: int) -> np.ndarray:
         """Places of one list, by the rule, from a target's labels (n,)."""
@@ -92,14 +101,19 @@ class Lists:
             own = bins == value
             rank[own] = np.arange(own.sum())
         kept = order[rank < self.most]
+        if self.close:
+            kept = kept[np.argsort(labels[kept], kind="stable")]
+            first = rng.integers(len(kept)) - self.size // 2
+            kept = kept[np.clip(first, 0, max(len(kept) - self.size, 0)) :]
         return kept[: self.size]
 
 
 class _Complexes(Dataset[Batch]):
     """Features of complexes; what is hidden is NaN."""
 
-    def __init__(self, complexes: Sequence[Complex], targets: dict[str, int]) -> None:
-        self.complexes, self.targets = complexes, targets
+    def __init__(self, complexes: Sequence[Complex]) -> None:
+        self.complexes = complexes
+        self.groups = {n: i for i, n in enumerate(sorted({c.group or c.target for c in complexes}))}
         self.no_pose: set[int] = set()
         self.no_label: set[int] = set()
         self._kept: dict[int, Batch] = {}
@@ -114,7 +128,7 @@ class _Complexes(Dataset[Batch]):
             self._kept[place] = {
                 **one.features(),
                 "index": torch.tensor(place),
-                "group": torch.tensor(self.targets[one.target]),
+                "group": torch.tensor(self.groups[one.group or one.target]),
             }
         found = dict(self._kept[place])
         if place in self.no_pose:
@@ -158,6 +172,9 @@ class ComplexData(pl.LightningDataModule):
         unlabelled: Further molecules for each target, without pose or label; the student learns
             on them what the teacher thinks.
         unlabelled_from: SMILES file they are drawn from; default the NCI list in the rdkit wheel.
+        protein_embeddings: ``.npz`` with an array for each target, by its name: embeddings of the
+            residues (L, C) by a protein language model, or their mean (C,). The student sees them
+            instead of the pocket's residue types and shape.
         max_residues: A pocket is cut to the residues nearest to its ligands' centre.
         max_atoms: Molecules with more heavy atoms are left out.
         batches: ``complexes`` with a pose, ``lists`` of one target each, or ``pairs``: half of them
@@ -165,6 +182,11 @@ class ComplexData(pl.LightningDataModule):
         lists: How a list is drawn.
         batch_size: Complexes, or lists, a step.
         epoch_samples: Draws an epoch; default each once.
+        max_identity: With a split by protein the model poses none for itself whose protein is more
+            alike than this to a held-out one: share of the shorter chain that is identical, where
+            chains are known. ``None`` keeps all.
+        ic50_min_nM: The model poses none for itself whose label is below this …
+        ic50_max_nM: … or above this, nM; with a limit, none without a label either.
         seed: Of order and draws; the command sets it to the run's.
 
     Raises:
@@ -179,23 +201,38 @@ class ComplexData(pl.LightningDataModule):
         labelled: float = 1.0,
         unlabelled: int = 0,
         unlabelled_from: Path | None = None,
+        protein_embeddings: Path | None = None,
         max_residues: int = 32,
         max_atoms: int = 48,
         batches: Literal["complexes", "lists", "pairs"] = "complexes",
         lists: Lists = Lists(),
         batch_size: int = 16,
         epoch_samples: int | None = None,
+        max_identity: float | None = 0.6,
+        ic50_min_nM: float | None = None,
+        ic50_max_nM: float | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         if not (0 < posed <= 1 and 0 < labelled <= 1):
             raise InputError(f"data: posed {posed:g} and labelled {labelled:g} are shares above 0")
+        counts = {
+            "max_residues": max_residues, "max_atoms": max_atoms, "batch_size": batch_size,
+            "epoch_samples": epoch_samples, "lists.size": lists.size, "lists.most": lists.most,
+        }  # fmt: skip
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                raise InputError(f"data: {name} {count} is below 1")
         self.root, self.split, self.seed = root, split, seed
         self.posed, self.labelled = posed, labelled
         self.unlabelled, self.unlabelled_from = unlabelled, unlabelled_from
+        self.proteins = ProteinEmbeddings(protein_embeddings) if protein_embeddings else None
+        self.protein_channels = self.proteins.channels if self.proteins else None
         self.max_residues, self.max_atoms = max_residues, max_atoms
         self.batches, self.lists = batches, lists
         self.batch_size, self.epoch_samples = batch_size, epoch_samples
+        self.max_identity = max_identity
+        self.ic50_min_nM, self.ic50_max_nM = ic50_min_nM, ic50_max_nM
         self.problems = Problems()
         self.self_labelled: list[int] = []
         self._data: _Complexes | None = None
@@ -210,18 +247,23 @@ class ComplexData(pl.LightningDataModule):
         ]  # fmt: skip
         for places in sources.by_target(found).values():
             self._cut([found[i] for i in places])
+        if self.proteins is not None:
+            of = {name: self.proteins.of(name) for name in sorted({c.target for c in found})}
+            for one in found:
+                one.pocket = replace(one.pocket, embedding=of[one.target])
         self.parts = self.split.apply(found)
         held = {Chem.MolToSmiles(found[i].molecule) for p in ("val", "test") for i in self.parts[p]}
         targets = sources.by_target([found[i] for i in self.parts["train"]])
         extra = self._extra(found, targets, held)
         self.extra = list(range(len(found), len(found) + len(extra)))
-        names = {name: i for i, name in enumerate(sorted({c.target for c in found}))}
-        self._data = _Complexes([*found, *extra], names)
+        self._data = _Complexes([*found, *extra])
         train = list(self.parts["train"])
         random.Random(self.split.seed + 1).shuffle(train)
         self._data.no_pose = set(train[round(self.posed * len(train)) :])
         random.Random(self.split.seed + 2).shuffle(train)
         self._data.no_label = set(train[round(self.labelled * len(train)) :])
+        if self.batches == "lists":
+            self._lists()  # before anything is computed
 
     def _cut(self, own: list[Complex]) -> None:
         """One pocket for all of a target's molecules that share one frame."""
@@ -262,7 +304,13 @@ class ComplexData(pl.LightningDataModule):
             else Path(self.root).name
         )
         more = f", {len(self.extra)} unlabelled pairs" if self.extra else ""
+        poses, labels = len(self.places("train", pose=True)), len(self.places("train", label=True))
+        more += (
+            f"; training sees {poses} poses and {labels} labels "
+            f"(data.posed {self.posed:g}, data.labelled {self.labelled:g})"
+        )
         bad = f"; {len(self.problems.found)} records not readable" if self.problems.found else ""
+        more += f", protein embeddings of {self.proteins.path.name}" if self.proteins else ""
         return f"{source}: {targets} targets, {counts} complexes by {self.split.by}{more}{bad}"
 
     @property
@@ -287,8 +335,40 @@ class ComplexData(pl.LightningDataModule):
         return found
 
     def hidden_poses(self) -> list[int]:
-        """Training complexes whose pose is not shown: what self-distillation labels."""
-        return sorted(self.data.no_pose)
+        """Training complexes without a pose, or whose pose is not shown: self-distillation's.
+
+        Those too near to a held-out protein, or out of the limits of affinity, are left out.
+        """
+        shown, labelled = (set(self.places("train", **{k: True})) for k in ("pose", "label"))
+        found = [i for i in sorted(self.parts["train"]) if i not in shown]
+        chains, near = {i: self.data.complexes[i].pocket.chains for i in found}, self._near_held()
+        kept = [i for i in found if chains[i] not in near and self._wanted(i, i in labelled)]
+        if len(kept) < len(found):
+            log.info(
+                "self-distillation: %d of %d complexes are left out: near to a held-out protein "
+                "(data.max_identity), or out of data.ic50_min_nM and data.ic50_max_nM",
+                len(found) - len(kept), len(found),
+            )  # fmt: skip
+        return kept
+
+    def _near_held(self) -> set[tuple[Chain, ...]]:
+        """Chains of the training proteins that are too near to a held-out one."""
+        if self.split.by != "protein" or self.max_identity is None:
+            return set()
+        chains = {
+            p: {self.data.complexes[i].pocket.chains for i in v} for p, v in self.parts.items()
+        }
+        held = {chain for own in chains["val"] | chains["test"] for chain in own}
+        return {
+            own for own in chains["train"]
+            if any(identity(a, b) > self.max_identity for a in own for b in held)
+        }  # fmt: skip
+
+    def _wanted(self, place: int, labelled: bool) -> bool:
+        if self.ic50_min_nM is None and self.ic50_max_nM is None:
+            return True
+        low, high = self.ic50_min_nM or 0.0, self.ic50_max_nM or np.inf
+        return labelled and bool(low <= 10 ** (9 - self.data.complexes[place].label) <= high)
 
     def batches_of(self, places: Sequence[int], size: int = 16) -> Iterator[Batch]:
         """Complexes in order, for evaluation and for asking a teacher."""
@@ -313,10 +393,18 @@ class ComplexData(pl.LightningDataModule):
 
     def _lists(self) -> _View:
         shown = self.places("train", label=True)
-        own = sources.by_target([self.data.complexes[i] for i in shown])
-        groups = [[shown[j] for j in g] for g in own.values() if len(g) >= self.lists.least]
+        if not shown:
+            raise InputError("data: no training complex has a label, and lists are of labels")
+        own: dict[str, list[int]] = {}
+        for i in shown:
+            one = self.data.complexes[i]
+            own.setdefault(one.group or one.target, []).append(i)
+        groups = [own[name] for name in sorted(own) if len(own[name]) >= self.lists.least]
         if not groups:
-            raise InputError(f"data: no target has {self.lists.least} labelled molecules")
+            raise InputError(
+                f"data: no target has {self.lists.least} labelled molecules to train on "
+                f"(the most are {max(map(len, own.values()))}; data.lists.least)"
+            )
         return _View(self.data, groups, self.lists)
 
     def _plain(self, part: Part) -> DataLoader[Any]:
@@ -330,6 +418,25 @@ class ComplexData(pl.LightningDataModule):
     def test_dataloader(self) -> DataLoader[Any]:
         """Test complexes."""
         return self._plain("test")
+
+
+@cache
+def identity(a: Chain, b: Chain) -> float:
+    """Share of the shorter of two chains that is identical in a global alignment by BLOSUM62.
+
+    A chain counts as at least 30 residues long: short peptides are alike by chance.
+
+    Example:
+        >>> identity(Chain("A" * 20 + "W" * 20), Chain("A" * 20 + "G" * 20))
+        0.5
+    """
+    # gemmi's matrix goes by three letters; it knows no J.
+    first, second = (
+        gemmi.expand_one_letter_sequence(c.sequence.replace("J", "X"), gemmi.ResidueKind.AA)
+        for c in (a, b)
+    )
+    found = gemmi.align_string_sequences(first, second, [], gemmi.AlignmentScoring("b"))
+    return found.match_count / max(min(len(a.sequence), len(b.sequence)), 30)
 
 
 def _join(lists: list[list[Batch]]) -> Batch:

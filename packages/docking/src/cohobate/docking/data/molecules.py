@@ -11,11 +11,13 @@ import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+import numpy as np
 from rdkit import Chem, rdBase
 
 from cohobate.core.errors import InputError
+from cohobate.docking.data.files import is_gzip, kind, open_text, reading
 
 SUFFIXES = (".smi", ".csv", ".parquet", ".sdf", ".mol2", ".pdbqt")
 _SMILES_COLUMNS = ("smiles", "canonical_smiles", "smi", "structure")
@@ -70,18 +72,14 @@ def read(path: Path, problems: Problems) -> Iterator[Record]:
     Raises:
         InputError: The file cannot be read at all, or is of another kind.
     """
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     readers: dict[str, Callable[[Path, Problems], Iterator[Record]]] = {
         ".smi": _smiles, ".smiles": _smiles, ".csv": _table, ".parquet": _parquet,
         ".sdf": _sdf, ".mol2": _mol2, ".pdbqt": _pdbqt,
     }  # fmt: skip
-    if suffix not in readers:
+    if kind(path) not in readers:
         raise InputError(f"{path}: a library is {', '.join(SUFFIXES)} (or that with .gz)")
-    with rdBase.BlockLogs():
-        try:
-            yield from readers[suffix](path, problems)
-        except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    with rdBase.BlockLogs(), reading(path):
+        yield from readers[kind(path)](path, problems)
 
 
 def rows(
@@ -100,24 +98,21 @@ def rows(
     Raises:
         InputError: The file cannot be read at all, or is of another kind.
     """
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     found: Iterator[tuple[str, str, str] | None]
-    try:
-        if suffix in (".smi", ".smiles"):
+    with reading(path):
+        if kind(path) in (".smi", ".smiles"):
             found = _smiles_rows(path)
-        elif suffix == ".csv":
+        elif kind(path) == ".csv":
             found = _csv_rows(path)
-        elif suffix == ".parquet":
+        elif kind(path) == ".parquet":
             found = (row[:3] for row in _columns(_parquet_rows(path), path, first=1))
-        elif suffix == ".sdf":
+        elif kind(path) == ".sdf":
             yield from _sdf_rows(path, problems, wanted)
             return
         else:
             found = (_as_row(record) for record in read(path, problems))
         for number, row in enumerate(found):
             yield row if wanted is None or wanted(number) else None
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def parse_smiles(text: str) -> tuple[Chem.Mol | None, str]:
@@ -148,8 +143,27 @@ def largest_fragment(molecule: Chem.Mol) -> Chem.Mol:
     return max(parts, key=lambda part: part.GetNumHeavyAtoms()) if len(parts) > 1 else molecule
 
 
-def _open(path: Path) -> IO[str]:
-    return gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
+def has_pose(molecule: Chem.Mol) -> bool:
+    """Whether a molecule has a place in space; a drawing lies at z = 0."""
+    if not molecule.GetNumConformers() or not molecule.GetConformer().Is3D():
+        return False
+    return bool(np.any(molecule.GetConformer().GetPositions()[:, 2]))
+
+
+def reference(path: Path) -> Chem.Mol:
+    """The first molecule of a file, where it lies.
+
+    Raises:
+        InputError: None can be read, or it has no 3-D coordinates.
+    """
+    problems = Problems()
+    record = next(iter(read(path, problems)), None)
+    if record is None:
+        why = f": {problems.lines()[0]}" if problems.found else ""
+        raise InputError(f"{path}: no molecule could be read{why}")
+    if not has_pose(record.molecule):
+        raise InputError(f"{path}: {record.name} has no 3-D coordinates")
+    return record.molecule
 
 
 def _one(
@@ -162,7 +176,7 @@ def _one(
 
 
 def _smiles_rows(path: Path) -> Iterator[tuple[str, str, str]]:
-    with _open(path) as file:
+    with open_text(path) as file:
         for number, line in enumerate(file, 1):
             words = line.split()
             if not words or (number == 1 and words[0].lower() in _SMILES_COLUMNS):
@@ -177,7 +191,7 @@ def _smiles(path: Path, problems: Problems) -> Iterator[Record]:
 
 
 def _table(path: Path, problems: Problems) -> Iterator[Record]:
-    with _open(path) as file:
+    with open_text(path) as file:
         yield from _parsed(_columns(csv.DictReader(file), path, first=2), path, problems)
 
 
@@ -219,7 +233,7 @@ def _parsed(
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, str, str]]:
-    with _open(path) as file:
+    with open_text(path) as file:
         for smiles, name, place, _ in _columns(csv.DictReader(file), path, first=2):
             yield smiles, name, place
 
@@ -246,7 +260,7 @@ def _as_row(record: Record) -> tuple[str, str, str]:
 def _sdf_blocks(path: Path) -> Iterator[bytes]:
     """The records as they stand."""
     lines: list[bytes] = []
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+    with gzip.open(path) if is_gzip(path) else path.open("rb") as file:
         for line in file:
             lines.append(line)
             if line.startswith(b"$$$$"):
@@ -268,7 +282,7 @@ def _sdf_record(block: bytes, number: int, path: Path, problems: Problems) -> It
 
 
 def _mol2(path: Path, problems: Problems) -> Iterator[Record]:
-    with _open(path) as file:
+    with open_text(path) as file:
         blocks = file.read().split("@<TRIPOS>MOLECULE")[1:]
     for number, block in enumerate(blocks, 1):
         molecule = Chem.MolFromMol2Block(
@@ -287,7 +301,7 @@ def _pdbqt(path: Path, problems: Problems) -> Iterator[Record]:
         raise InputError(
             f"{path}: PDBQT ligands need meeko: pip install 'cohobate-docking[vina]'"
         ) from None
-    with _open(path) as file:
+    with open_text(path) as file:
         text = file.read()
     if "REMARK SMILES" not in text:
         problems.add(path, "record 1", "PDBQT without a REMARK SMILES has no bond orders")
@@ -295,4 +309,6 @@ def _pdbqt(path: Path, problems: Problems) -> Iterator[Record]:
     for molecule in RDKitMolCreate.from_pdbqt_mol(PDBQTMolecule(text, skip_typing=True)):
         found = (None, "meeko cannot rebuild it") if molecule is None else sanitised(molecule)
         for good in _one(*found, path, "record 1", problems):
-            yield Record(good, path.name.split(".")[0], "record 1")
+            for number, place in enumerate(good.GetConformers(), 1):
+                model = Chem.Mol(good, False, place.GetId())
+                yield Record(model, path.name.split(".")[0], f"model {number}")

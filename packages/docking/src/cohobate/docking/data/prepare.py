@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import math
 import random
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,8 +19,9 @@ from tqdm import tqdm
 from cohobate.core.errors import InputError
 from cohobate.core.io import save_atomic
 from cohobate.docking import vina
+from cohobate.docking.data.files import reading, table
 from cohobate.docking.data.molecules import Problems, read
-from cohobate.docking.data.receptors import crop, find_pocket, read_receptor
+from cohobate.docking.data.receptors import Chain, crop, find_pocket, read_receptor, with_chains
 
 _RESIDUE_CUT = 8.0
 _ORGANIC = {1, 6, 7, 8, 9, 16, 17, 35}
@@ -34,14 +37,14 @@ def prepare(
     seed: int = 0,
     minutes: float | None = None,
 ) -> int | None:
-    """Dock a drug-like list into targets with Vina, and write poses, scores and pockets.
+    """Dock a drug-like list into targets with Vina; write poses, scores, pockets and sequences.
 
     The receptors and the centres of their boxes come from the dockstring wheel, the molecules by
     default from the NCI list in the rdkit wheel, filtered to drug-like ones. What is already
     written is kept, so a stopped run goes on. The labels are Vina scores, not measurements.
 
     Args:
-        out: Folder for ``<target>.poses.sdf.gz`` and ``<target>.pocket.pdb.gz``.
+        out: Folder for ``<target>.poses.sdf.gz``, ``<target>.pocket.pdb.gz`` and ``sequences.csv``.
         targets: Names in dockstring.
         library: A SMILES file instead of the NCI list.
         ligands: Number of molecules, each docked into every target.
@@ -49,10 +52,18 @@ def prepare(
         box: Edge of the search box in Å; null takes dockstring's own 30 Å.
         seed: Seed of choice and docking.
         minutes: Stop after so long; call again to go on.
+
+    Raises:
+        InputError: A target is unknown, an option is out of range, or the folder cannot be written.
     """
-    stop = time.monotonic() + 60 * (minutes or 1e9)
+    if not targets or ligands < 1 or exhaustiveness < 1:
+        raise InputError("prepare: needs at least one of targets, of ligands and of exhaustiveness")
+    stop = math.inf if minutes is None else time.monotonic() + 60 * minutes
     molecules = choose(library or Path(RDConfig.RDDataDir) / "NCI" / "first_5K.smi", ligands, seed)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be a folder: {error.strerror}") from None
     bar = tqdm(total=len(targets) * len(molecules), unit="ligand")
     for name in targets:
         receptor, where = vina.target(name)
@@ -64,7 +75,7 @@ def prepare(
         left = [m for m in molecules if m.GetProp("_Name") not in done]
         docker = None
         for molecule in left:
-            if time.monotonic() > stop:
+            if time.monotonic() >= stop:
                 _write(path, done, molecules)
                 print(f"{out}: stopped; the same command goes on")
                 return 1
@@ -77,7 +88,10 @@ def prepare(
                 tqdm.write(f"{name}: {error}")
             bar.update()
         _write(path, done, molecules)
-        _write_pocket(receptor, out / f"{name}.pocket.pdb.gz", list(done.values()))
+        if not done:
+            raise InputError(f"{name}: none of the molecules could be docked")
+        chains = _write_pocket(receptor, out / f"{name}.pocket.pdb.gz", list(done.values()))
+        write_sequences(out / "sequences.csv", name, chains)
     return None
 
 
@@ -153,7 +167,7 @@ def _posed(docker: vina.Docker, molecule: Chem.Mol, name: str) -> Chem.Mol:
 def _read(path: Path) -> dict[str, Chem.Mol]:
     if not path.exists():
         return {}
-    with gzip.open(path) as file:
+    with reading(path), gzip.open(path) as file:
         return {m.GetProp("_Name"): m for m in Chem.ForwardSDMolSupplier(file) if m is not None}
 
 
@@ -168,12 +182,26 @@ def _known(done: dict[str, Chem.Mol], order: list[Chem.Mol]) -> Iterator[Chem.Mo
     return (m for m in order if m.GetProp("_Name") in done)
 
 
-def _write_pocket(receptor: Path, path: Path, poses: list[Chem.Mol]) -> None:
+def _write_pocket(receptor: Path, path: Path, poses: list[Chem.Mol]) -> tuple[Chain, ...]:
+    """Write the residues around the poses; the whole chains that line them."""
     structure = read_receptor(receptor)
     atoms = np.concatenate([pose.GetConformer().GetPositions() for pose in poses])
     pocket = find_pocket(structure, ligand=atoms, cutoff=_RESIDUE_CUT, source=str(receptor))
     with save_atomic(path) as temporary:
         _gzip(temporary, crop(structure, pocket))
+    return with_chains(structure, pocket).chains
+
+
+def write_sequences(path: Path, target: str, chains: Sequence[Chain]) -> None:
+    """Put a target's chains into a table (target, sequence); those of others stay."""
+    known = [row for _, row in table(path)] if path.exists() else []
+    rows = [(r["target"], r["sequence"]) for r in known if r.get("target") != target]
+    rows += [(target, chain.sequence) for chain in chains]
+    rows.sort(key=lambda row: row[0])
+    with save_atomic(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("target", "sequence"))
+        writer.writerows(rows)
 
 
 def _gzip(path: Path, text: str) -> None:

@@ -12,6 +12,7 @@ import gemmi
 import numpy as np
 
 from cohobate.core.errors import InputError
+from cohobate.docking.data.files import is_gzip, kind, reading
 
 RESIDUES = (
     "ALA", "ARG", "ASN", "ASP", "CYS", "GLN", "GLU", "GLY", "HIS", "ILE",
@@ -49,6 +50,7 @@ class Pocket:
         side: Centroids of the side chains' heavy atoms, Cα where there are none (P, 3), Å.
         names: ``chain:number+insertion code`` of each residue.
         chains: The whole chains that line it; none where only the pocket is known.
+        embedding: Of the whole protein, by a protein language model (C,), where there is one.
     """
 
     types: np.ndarray
@@ -56,6 +58,7 @@ class Pocket:
     side: np.ndarray
     names: tuple[str, ...]
     chains: tuple[Chain, ...] = ()
+    embedding: np.ndarray | None = None
 
     @property
     def centre(self) -> np.ndarray:
@@ -68,7 +71,9 @@ class Pocket:
             return self
         near = np.sort(np.linalg.norm(self.side - point, axis=1).argsort(kind="stable")[:count])
         names = tuple(self.names[i] for i in near)
-        return Pocket(self.types[near], self.ca[near], self.side[near], names, self.chains)
+        return replace(
+            self, types=self.types[near], ca=self.ca[near], side=self.side[near], names=names
+        )
 
 
 def read_receptor(path: Path, *, hydrogens: bool = False) -> gemmi.Structure:
@@ -83,10 +88,11 @@ def read_receptor(path: Path, *, hydrogens: bool = False) -> gemmi.Structure:
     Raises:
         InputError: The file is missing, damaged, of another kind, or has no protein.
     """
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    try:
+    with reading(path):
         raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
+        text = (gzip.decompress(raw) if is_gzip(path) else raw).decode()
+    suffix = kind(path)
+    try:
         if suffix in (".pdb", ".ent"):
             structure = gemmi.read_pdb_string(text)
         elif suffix in (".cif", ".mmcif"):
@@ -95,11 +101,9 @@ def read_receptor(path: Path, *, hydrogens: bool = False) -> gemmi.Structure:
             structure = gemmi.read_pdb_string(_as_pdb(text))
         else:
             raise InputError(f"{path}: a receptor is .pdb, .cif or .pdbqt (or that with .gz)")
-    except (OSError, EOFError) as error:
-        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    except InputError:
+        raise
     except (ValueError, RuntimeError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{path}: {' '.join(str(error).split())}") from None
     structure.setup_entities()
     structure.remove_waters()
@@ -136,6 +140,10 @@ def find_pocket(
     """
     if sum(x is not None for x in (ligand, box, residues)) != 1:
         raise InputError(f"{source}: give the pocket by a ligand, a box, or residues")
+    if ligand is not None and len(ligand) > 3 and not np.any(ligand[:, 2]):  # a drawing
+        raise InputError(f"{source}: the reference ligand has no 3-D coordinates")
+    if box is not None:
+        check_box(*box, source)
     found: list[gemmi.Residue] = []
     names: list[str] = []
     wanted = None if residues is None else {str(name).strip() for name in residues}
@@ -156,11 +164,26 @@ def find_pocket(
     if missing:
         raise InputError(f"{source}: no residue {missing[0]}")
     if not found:
-        raise InputError(f"{source}: the pocket has no residue; is the ligand in its frame?")
+        what = "box" if ligand is None else "ligand"
+        raise InputError(f"{source}: the pocket has no residue; is the {what} in its frame?")
     ca = np.array([r["CA"][0].pos.tolist() for r in found])
     side = np.array([_side(r) for r in found])
     types = np.array([RESIDUES.index(r.name) if r.name in RESIDUES else 20 for r in found])
     return Pocket(types, ca, side, tuple(names))
+
+
+def check_box(centre: Sequence[float], size: Sequence[float], source: str) -> None:
+    """Refuse a box that is none.
+
+    Raises:
+        InputError: The centre is not three numbers, or the size not three above 0.
+    """
+    numbers = np.array([*centre, *size], dtype=float)
+    if numbers.shape != (6,) or not np.isfinite(numbers).all() or (numbers[3:] <= 0).any():
+        raise InputError(
+            f"{source}: a box has a centre of three numbers and a size of three above 0, Å; "
+            f"not {tuple(centre)} and {tuple(size)}"
+        )
 
 
 def with_chains(structure: gemmi.Structure, pocket: Pocket) -> Pocket:
