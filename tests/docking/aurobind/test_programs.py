@@ -372,6 +372,7 @@ def test_the_student_is_fitted_to_a_program(root, tmp_path, on_path, monkeypatch
     (tmp_path / "run" / "preference").mkdir(parents=True)
     path = tmp_path / "run" / "preference" / "best.ckpt"
     torch.save({"state_dict": earlier.state_dict()}, path)
+    path.with_name("run.json").write_text(json.dumps({"paper": recipe.paper.name}))
     answers = tmp_path / "answers"
     args = [
         *(f"--model.{k}={v}" for k, v in tiny.items()), "--model.hidden=6",
