@@ -161,12 +161,8 @@ class AuroBind(DistillModule):
             "mse": mse_anchor if stage == "preference" else 1.0, "hidden": alpha,
         }  # fmt: skip
         super().__init__(distill=distill, weights=weights)
-        for name, value in {
-            "tau": tau,
-            "draws": draws,
-            "centroids": centroids,
-            "poses": poses,
-        }.items():
+        counts = {"tau": tau, "draws": draws, "centroids": centroids, "poses": poses}
+        for name, value in counts.items():
             if value <= 0:
                 raise InputError(f"model.{name} {value:g} is not above 0")
         self.network = StructureModel(
@@ -236,13 +232,12 @@ class AuroBind(DistillModule):
         Raises:
             InputError: A tensor is missing or has another shape.
         """
-        for name, tensor in self.network.state_dict().items():
-            found = weights.get(f"network.{name}")
-            if found is None or found.shape != tensor.shape:
-                raise InputError(f"the earlier stage has no fitting weights for network.{name}")
         own = {
             k.removeprefix("network."): v for k, v in weights.items() if k.startswith("network.")
         }
+        for name, tensor in self.network.state_dict().items():
+            if name not in own or own[name].shape != tensor.shape:
+                raise InputError(f"the earlier stage has no fitting weights for network.{name}")
         self.network.load_state_dict(own)
 
     def example_input(self) -> tuple[Tensor, ...]:
