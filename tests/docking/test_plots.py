@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from matplotlib import image
 
+from cohobate.docking import plots
 from cohobate.docking.metrics import enrichment, recovery
 from cohobate.docking.plots import Scene, closest, enrichment_plot, pocket_view, principal_plane
 
@@ -88,3 +89,13 @@ def test_every_target_has_a_panel_with_every_scorer(tmp_path):
     one, seven = ((np.abs(x[..., :3] - blue) < 0.02).all(-1).sum() for x in (few, many))
     assert one > 100
     assert seven > 5 * one
+
+
+def test_the_legend_has_the_title_it_was_given_and_panels_have_theirs(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure) or path)
+    share = np.geomspace(1e-3, 1, 5)
+    enrichment_plot(share, {"a": {"student": share}}, tmp_path / "x.png", title="labels of Vina")
+    enrichment_plot(share, {"a": {"student": share}}, tmp_path / "x.png")
+    assert [f.legends[0].get_title().get_text() for f in drawn] == ["labels of Vina", ""]
+    assert [f.axes[0].get_title() for f in drawn] == ["a", "a"]

@@ -151,16 +151,16 @@ def enrichment_plot(
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
-    for axes, (title, curves) in zip(grid.flat, panels.items(), strict=False):
+    for axes, (heading, curves) in zip(grid.flat, panels.items(), strict=False):
         axes.plot(share, share, color="0.6", linestyle="--", linewidth=1, label="random")
         for number, (name, found) in enumerate(curves.items()):
             axes.plot(
                 share, found, color=f"C{number}", label=name, linewidth=1 if number else 2,
-                zorder=3 if number else 4,
+                zorder=3 + number,  # a control that does as well is seen on the bold line
             )  # fmt: skip
         axes.set(xscale="log", xlim=(share[0], 1), ylim=(0, 1))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:g} %"))
-        axes.set_title(title, fontsize=8)
+        axes.set_title(heading, fontsize=8)
         axes.tick_params(labelsize=7)
     for axes in grid.flat[max(len(panels) - columns, 0) : len(panels)]:
         axes.tick_params(labelbottom=True)  # also where no panel stands below
