@@ -314,16 +314,13 @@ class StudentScorer(nn.Module):
         molecules = [parent(m) for m in molecules]
         chosen = [molecules[i] for i in centroids(molecules, model.centroids)]
         bits = np.stack([fingerprint(m) for m in chosen])
-        digest = hashlib.sha256(bits.astype(np.float32).tobytes())
-        for name, tensor in model.fast.state_dict().items():
-            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-        self.key = digest.hexdigest()
         with torch.no_grad():
             batch = collate([Complex("target", "", m, pocket).features() for m in chosen])
             batch = {k: v.to(model.device) for k, v in batch.items()}
             prior = model.fast.prior_of(model.network.trunk(batch))
             targets = model.fast.target(protein.expand(len(prior), -1), prior)
         self.register_buffer("bits", torch.from_numpy(bits).float())
+        self.key = _hash(self.bits, *model.fast.state_dict().values())
         self.register_buffer("targets", targets)
         self.target = _hash(*seen.values(), *self.buffers(), *model.network.state_dict().values())
 
