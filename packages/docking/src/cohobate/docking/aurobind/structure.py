@@ -251,20 +251,22 @@ def own_poses(
     Raises:
         InputError: No validation complex can be judged by.
     """
-    if not path.exists():
+
+    def made() -> dict[str, np.ndarray]:
         hidden = data.hidden_poses()
-        found: dict[str, np.ndarray] = {}
         if not hidden:
             log.warning("self-distillation: every pose is shown (data.posed); nothing to label")
-        elif own_poses_allowed(model, data, keep, len(hidden), device):
-            batches = moved(data.batches_of(hidden), device)
-            places, poses, scores = self_labels(model, batches, keep, data.seed + 1)
-            chosen = zip(places, poses, keep.passing(scores).tolist(), strict=True)
-            found = {str(i): x.numpy() for i, x, good in chosen if good}
-            log.info("self-distillation: %d of %d poses kept", len(found), len(hidden))
-        save_arrays(path, found)
-    with np.load(path) as file:
-        return {int(name): torch.from_numpy(file[name]) for name in file.files}
+            return {}
+        if not own_poses_allowed(model, data, keep, len(hidden), device):
+            return {}
+        batches = moved(data.batches_of(hidden), device)
+        places, poses, scores = self_labels(model, batches, keep, data.seed + 1)
+        chosen = zip(places, poses, keep.passing(scores).tolist(), strict=True)
+        found = {str(i): x.numpy() for i, x, good in chosen if good}
+        log.info("self-distillation: %d of %d poses kept", len(found), len(hidden))
+        return found
+
+    return {int(name): pose for name, pose in _kept(path, made).items()}
 
 
 @torch.no_grad()
@@ -289,31 +291,36 @@ def confidences(
 
     The others have 0 (n,). As for `own_poses`, the answer is kept in a file.
     """
-    if not path.exists():
+
+    def made() -> Mapping[str, np.ndarray]:
         places = data.places("train", label=True)
         found = torch.zeros(len(data.data))
         batches = moved(data.batches_of(places), device)
         found[places] = self_labels(model, batches, keep, data.seed)[2]["ranking"]
-        save_arrays(path, {"confidence": found.numpy()})
-    with np.load(path) as file:
-        return torch.from_numpy(file["confidence"])
+        return {"confidence": found.numpy()}
+
+    return _kept(path, made)["confidence"]
 
 
 @torch.no_grad()
 def references(model: StructureModel, data: Any, path: Path, device: torch.device) -> Tensor:
     """The fitness (n,) of every complex by the model as it is now, kept in a file."""
-    if not path.exists():
+
+    def made() -> Mapping[str, np.ndarray]:
         batches = moved(data.batches_of(range(len(data.data))), device)
-        fitness = torch.cat([model(batch).cpu() for batch in batches])
-        save_arrays(path, {"fitness": fitness.numpy()})
-    with np.load(path) as file:
-        return torch.from_numpy(file["fitness"])
+        return {"fitness": torch.cat([model(batch).cpu() for batch in batches]).numpy()}
+
+    return _kept(path, made)["fitness"]
 
 
-def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write an ``.npz`` that is whole or absent."""
-    with save_atomic(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+def _kept(path: Path, made: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
+    """Arrays of an ``.npz`` that is whole or absent; made where it is absent."""
+    if not path.exists():
+        arrays = made()
+        with save_atomic(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+    with np.load(path) as found:
+        return {name: torch.from_numpy(found[name]) for name in found.files}
 
 
 def moved(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
